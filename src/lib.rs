@@ -1,0 +1,6 @@
+//! gmemtest: selftests, model and rig for KVM guest_memfd and TDX private memory.
+
+// Selftests name the library `gmemtest::` whether they are built into the command or as a binary of their own.
+extern crate self as gmemtest;
+
+pub mod sim;

@@ -1,0 +1,3 @@
+//! The `gmemtest` command.
+
+fn main() {}

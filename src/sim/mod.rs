@@ -1,0 +1,3 @@
+//! The machine in this process.
+
+pub mod tdx_module;

@@ -1,0 +1,1 @@
+//! The simulated TDX module: SEAMCALLs in, completion status out.
