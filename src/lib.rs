@@ -3,4 +3,5 @@
 // Selftests name the library `gmemtest::` whether they are built into the command or as a binary of their own.
 extern crate self as gmemtest;
 
+pub mod machine;
 pub mod sim;

@@ -1,0 +1,57 @@
+//! The seam: what a test may do to a machine, and the values that cross it.
+//!
+//! A [`Machine`] creates [`Vm`]s. A [`Vm`] creates [`GuestMemfd`]s and [`Vcpu`]s and sets memory regions and memory
+//! attributes. A [`GuestMemfd`] is allocated, punched, converted, mapped and stat'ed. A [`Vcpu`] executes guest
+//! operations and returns an [`Exit`] for each. Whatever a test asserts on comes back as a value: [`Errno`] for calls,
+//! [`Exit`] for guest runs, [`HostFault`] for a host access that was a signal. Nothing is asserted on text.
+//!
+//! Two families implement it: the KVM of the running kernel, and the model in this process. A test that needs more than
+//! every machine has names it as a [`Facility`], and is skipped with the reason that [`Availability`] carries.
+//!
+//! Dropping a handle is closing it: the last `Arc<dyn Vm>` is the VM file descriptor, the last `Arc<dyn GuestMemfd>` the
+//! guest_memfd file descriptor, a `Box<dyn Vcpu>` the vCPU file descriptor, a `Box<dyn Mapping>` the VMA. No handle keeps
+//! another one open, so that tests can close in any order.
+
+mod facility;
+mod gmem;
+mod host;
+mod spec;
+mod vcpu;
+mod vm;
+
+pub use facility::{Availability, Facility, SkipKind};
+pub use gmem::{CacheStat, ConvertError, FileOp, FileStat, GuestMemfd, Protection};
+pub use host::{HoldKind, HostFault, HostMemory, Mapping};
+pub use nix::errno::Errno;
+pub use spec::{Family, MachineSpec, Release, SpecError, VmType};
+pub use vcpu::{Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
+pub use vm::{GmemBinding, MemoryAttributes, MemoryRegion, RegionFile, Vm, VmConfig};
+
+use std::sync::Arc;
+
+/// Bytes of a base page on x86-64.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Something that can create VMs: a VM type of the running kernel's KVM, or of the model.
+pub trait Machine: Send + Sync {
+    /// The spec that names this machine on every result line.
+    fn spec(&self) -> &MachineSpec;
+
+    /// The kernel release whose behaviour this machine shows: of the running kernel, or of the model's profile.
+    fn release(&self) -> Release;
+
+    /// Whether the machine has what a test needs, and if not, what would provide it.
+    fn facility(&self, facility: Facility) -> Availability;
+
+    /// KVM_CHECK_EXTENSION at system scope. Unknown capabilities are 0.
+    fn capability(&self, capability: u32) -> Result<i32, Errno>;
+
+    /// KVM_CREATE_VM with this machine's VM type, then whatever the configuration asks for.
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, Errno>;
+
+    /// KVM_CREATE_VM with any type number, closed again at once.
+    fn try_vm_type(&self, vm_type: u64) -> Result<(), Errno>;
+
+    /// Memory of the host process, outside guest_memfd: the shared side of a memslot.
+    fn host_memory(&self, kind: HostMemory, len: u64) -> Result<Box<dyn Mapping>, Errno>;
+}
