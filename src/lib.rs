@@ -3,5 +3,6 @@
 // Selftests name the library `gmemtest::` whether they are built into the command or as a binary of their own.
 extern crate self as gmemtest;
 
+pub mod harness;
 pub mod machine;
 pub mod sim;
