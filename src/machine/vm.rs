@@ -57,6 +57,38 @@ pub struct MemoryRegion<'a> {
     pub gmem: Option<GmemBinding<'a>>,
 }
 
+impl<'a> MemoryRegion<'a> {
+    /// A slot of `size` bytes at `gpa` with no flags, no guest_memfd and `userspace_addr` 0.
+    pub const fn new(slot: u32, gpa: u64, size: u64) -> MemoryRegion<'a> {
+        MemoryRegion { slot, flags: 0, gpa, size, userspace_addr: 0, gmem: None }
+    }
+
+    /// The call that deletes a slot: every field but the id is 0.
+    pub const fn deletion(slot: u32) -> MemoryRegion<'a> {
+        MemoryRegion::new(slot, 0, 0)
+    }
+
+    /// The same region with its shared side at `userspace_addr`.
+    pub const fn at(self, userspace_addr: u64) -> MemoryRegion<'a> {
+        MemoryRegion { userspace_addr, ..self }
+    }
+
+    /// The same region with these flags set as well.
+    pub const fn with_flags(self, flags: u32) -> MemoryRegion<'a> {
+        MemoryRegion { flags: self.flags | flags, ..self }
+    }
+
+    /// The same region with KVM_MEM_GUEST_MEMFD, bound to `gmem` from byte `offset`.
+    pub const fn bound_to(self, gmem: &'a dyn GuestMemfd, offset: u64) -> MemoryRegion<'a> {
+        self.naming(RegionFile::Gmem(gmem), offset)
+    }
+
+    /// The same region with KVM_MEM_GUEST_MEMFD and any file in the `guest_memfd` field.
+    pub const fn naming(self, file: RegionFile<'a>, offset: u64) -> MemoryRegion<'a> {
+        MemoryRegion { gmem: Some(GmemBinding { file, offset }), ..self.with_flags(kvm_bindings::KVM_MEM_GUEST_MEMFD) }
+    }
+}
+
 /// The argument of KVM_SET_MEMORY_ATTRIBUTES.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryAttributes {
