@@ -5,11 +5,13 @@
 
 mod claim;
 mod context;
+mod fork;
 mod seed;
 mod stop;
 pub mod test;
 
 pub use context::{Context, Notes, by_release};
+pub use fork::{ChildEnd, in_child};
 pub use seed::{Rng, Seed};
 pub use stop::{Failure, Stop, TestResult};
 pub use test::{Body, Sharing, Suite, Test, row_names};

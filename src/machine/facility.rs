@@ -166,7 +166,7 @@ facilities! {
     PageMapCount = "page-map-count",
     /// Reference counts through /proc/kcore, CONFIG_PROC_KCORE and CAP_SYS_RAWIO.
     Kcore = "kcore",
-    /// Per-CPU LRU batches can be drained: /proc/sys/vm/drop_caches is writable.
+    /// Per-CPU LRU batches can be drained: move_pages(2), which drains them, or a writable /proc/sys/vm/drop_caches.
     DropCaches = "drop-caches",
     /// MADV_HWPOISON, CONFIG_MEMORY_FAILURE and CAP_SYS_ADMIN.
     HwPoison = "hwpoison",

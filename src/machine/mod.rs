@@ -54,4 +54,21 @@ pub trait Machine: Send + Sync {
 
     /// Memory of the host process, outside guest_memfd: the shared side of a memslot.
     fn host_memory(&self, kind: HostMemory, len: u64) -> Result<Box<dyn Mapping>, Errno>;
+
+    /// The KPF_* bits of a page frame, as in /proc/kpageflags. Machines without [`Facility::PageFlags`] answer ENOSYS.
+    fn page_flags(&self, _frame: u64) -> Result<u64, Errno> {
+        Err(Errno::ENOSYS)
+    }
+
+    /// How many page table entries map a page frame, as in /proc/kpagecount: not its reference count. Machines without
+    /// [`Facility::PageMapCount`] answer ENOSYS.
+    fn page_map_count(&self, _frame: u64) -> Result<u64, Errno> {
+        Err(Errno::ENOSYS)
+    }
+
+    /// Empties the per-CPU batches in which new pages wait for their LRU list (lru_add_drain_all()). A page that waits
+    /// there has a reference more and no KPF_LRU. Machines without [`Facility::DropCaches`] answer ENOSYS.
+    fn drain_lru(&self) -> Result<(), Errno> {
+        Err(Errno::ENOSYS)
+    }
 }
