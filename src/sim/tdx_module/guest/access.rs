@@ -1,7 +1,7 @@
 //! Memory accesses of the guest: cached translations, the walk, violations (TDX module spec 6.4, 9.5, 15.4).
 
 use super::super::call::LpError;
-use super::super::lp::{Interrupt, LpId, Tlb, Translation};
+use super::super::lp::{Interrupt, LpId, Translation};
 use super::super::module::Module;
 use super::super::platform::MAX_PA;
 use super::super::sept::{span, walk};
