@@ -5,4 +5,5 @@ extern crate self as gmemtest;
 
 pub mod harness;
 pub mod machine;
+pub mod rig;
 pub mod sim;

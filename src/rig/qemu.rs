@@ -1,0 +1,199 @@
+//! QEMU: its command line, and the process with the three streams that lead into the guest.
+//!
+//! Kernel and initramfs are handed over as memory files, and the streams as connected sockets: nothing is written to a
+//! disk, which may be full, and nothing is left behind.
+
+use std::ffi::{CStr, OsString};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::accel::Accel;
+use super::wire::PORT_NAME;
+
+/// The program that is started.
+pub const QEMU: &str = "qemu-system-x86_64";
+
+/// What every boot gets on its command line, before `--append`.
+///
+/// * `panic=-1` and QEMU's `-no-reboot` end a panicked machine at once.
+/// * `loglevel=5` lets warnings through to the console, and keeps the chatter of the boot off the slow serial port.
+/// * `earlyprintk` shows what goes wrong before the console driver is up.
+/// * `8250.nr_uarts=2`: the console and the result port; probing absent ports takes time under TCG.
+const KERNEL_LINE: &str = "console=ttyS0 earlyprintk=ttyS0 panic=-1 loglevel=5 8250.nr_uarts=2";
+
+/// The machine to boot on.
+#[derive(Clone, Debug)]
+pub struct Hardware {
+    /// Accelerator, and with it the CPU.
+    pub accel: Accel,
+    /// Number of CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// What is added to the kernel's command line.
+    pub append: String,
+}
+
+impl Hardware {
+    /// The arguments up to the streams. `kernel` and `initrd` are paths that QEMU can open.
+    pub fn arguments(&self, kernel: &Path, initrd: &Path) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        // No controllers that nothing is attached to: the kernel would probe them.
+        arguments.extend(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"].map(Into::into));
+        arguments.extend(["-machine", "q35,sata=off,smbus=off,vmport=off"].map(Into::into));
+        arguments.extend(self.accel.arguments().map(Into::into));
+        arguments.extend(["-smp".into(), self.cpus.to_string().into(), "-m".into()]);
+        arguments.push(format!("{}M", self.memory_mib).into());
+        arguments.extend(["-kernel".into(), kernel.into(), "-initrd".into(), initrd.into(), "-append".into()]);
+        let line = format!("{KERNEL_LINE} {}", self.append);
+        arguments.push(line.trim_end().into());
+        arguments
+    }
+}
+
+/// A running QEMU. Dropping it kills the process and waits for it.
+#[derive(Debug)]
+pub struct Qemu {
+    child: Child,
+    /// The console, both ways.
+    pub console: Option<UnixStream>,
+    /// The result port on virtio-serial.
+    pub virtio: Option<UnixStream>,
+    /// The result port on the second ISA serial port.
+    pub serial: Option<UnixStream>,
+    /// What QEMU itself has to say.
+    pub stderr: Option<ChildStderr>,
+}
+
+impl Qemu {
+    /// Starts QEMU on a kernel and an initramfs.
+    pub fn start(hardware: &Hardware, kernel: &[u8], initramfs: &[u8]) -> io::Result<Qemu> {
+        let kernel = memory_file(c"kernel", kernel)?;
+        let initramfs = memory_file(c"initramfs", initramfs)?;
+        let (console, console_far) = UnixStream::pair()?;
+        let (virtio, virtio_far) = UnixStream::pair()?;
+        let (serial, serial_far) = UnixStream::pair()?;
+        let inherited: [OwnedFd; 5] =
+            [kernel.into(), initramfs.into(), console_far.into(), virtio_far.into(), serial_far.into()];
+        let path = |index: usize| format!("/proc/self/fd/{}", inherited[index].as_raw_fd());
+        let socket = |index: usize| format!("socket,fd={}", inherited[index].as_raw_fd());
+        let mut command = Command::new(QEMU);
+        command.args(hardware.arguments(Path::new(&path(0)), Path::new(&path(1))));
+        command.args(stream_arguments(&socket(2), &socket(3), &socket(4)));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let numbers = inherited.each_ref().map(AsRawFd::as_raw_fd);
+        let mut child = spawn(&mut command, &numbers)?;
+        let stderr = child.stderr.take();
+        Ok(Qemu { child, console: Some(console), virtio: Some(virtio), serial: Some(serial), stderr })
+    }
+
+    /// The exit status once the process has ended.
+    pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.child.try_wait()
+    }
+
+    /// The exit status of a process that has closed its streams and is about to end.
+    pub fn ending_status(&mut self, patience: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Some(status);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        None
+    }
+
+    /// Ends the process, however it is, and waits for it.
+    pub fn kill(&mut self) {
+        // ESRCH: it has ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The console and the two forms of the result port, for the given chardev backends.
+pub fn stream_arguments(console: &str, virtio: &str, serial: &str) -> Vec<String> {
+    let device = format!("virtserialport,chardev=virtio,name={PORT_NAME}");
+    [
+        "-chardev",
+        &format!("{console},id=console"),
+        "-serial",
+        "chardev:console",
+        "-chardev",
+        &format!("{serial},id=serial"),
+        "-serial",
+        "chardev:serial",
+        "-chardev",
+        &format!("{virtio},id=virtio"),
+        "-device",
+        "virtio-serial-pci,max_ports=2",
+        "-device",
+        &device,
+    ]
+    .map(str::to_owned)
+    .into()
+}
+
+/// Starts `command` in a process group of its own, so that the terminal's Ctrl-C reaches only this program, and bound to
+/// the life of the calling thread: when that ends, for whatever reason, the kernel kills the process.
+/// `inherited` stay open in it.
+pub fn spawn(command: &mut Command, inherited: &[RawFd]) -> io::Result<Child> {
+    let inherited = inherited.to_vec();
+    let parent = nix::unistd::getpid();
+    command.process_group(0);
+    let prepare = move || {
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        // The parent may have died before that.
+        if nix::unistd::getppid() != parent {
+            return Err(io::Error::from(nix::errno::Errno::ESRCH));
+        }
+        for &fd in &inherited {
+            // SAFETY: the descriptors belong to the caller, who keeps them open until spawn has returned.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only (prctl, getppid, fcntl) and allocates nothing: it is async-signal-safe.
+    unsafe { command.pre_exec(prepare) };
+    command.spawn()
+}
+
+/// A file in memory with these contents.
+fn memory_file(name: &CStr, bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_appended_comes_last_and_wins() {
+        let hardware =
+            Hardware { accel: Accel::Tcg, cpus: 2, memory_mib: 1024, append: "loglevel=7 numa=fake=2".to_owned() };
+        let arguments = hardware.arguments(Path::new("k"), Path::new("i"));
+        let line = arguments.last().unwrap().to_str().unwrap();
+        assert!(line.starts_with("console=ttyS0") && line.ends_with("loglevel=7 numa=fake=2"), "{line}");
+        assert!(arguments.windows(2).any(|pair| pair == ["-m", "1024M"]));
+    }
+}
