@@ -4,6 +4,8 @@
 extern crate self as gmemtest;
 
 pub mod harness;
+pub mod kvm;
 pub mod machine;
 pub mod rig;
 pub mod sim;
+pub mod uapi;
