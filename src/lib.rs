@@ -3,9 +3,12 @@
 // Selftests name the library `gmemtest::` whether they are built into the command or as a binary of their own.
 extern crate self as gmemtest;
 
+pub mod cli;
 pub mod harness;
 pub mod kvm;
 pub mod machine;
+pub mod observe;
+pub mod report;
 pub mod rig;
 pub mod sim;
 pub mod uapi;

@@ -1,0 +1,74 @@
+//! Every machine by its spec.
+
+use crate::harness::Stop;
+use crate::harness::child::Opener;
+use crate::kvm::KvmMachine;
+use crate::machine::{Facility, Family, Machine, MachineSpec, SkipKind, VmType};
+
+/// Where machines come from.
+#[derive(Debug, Clone, Copy)]
+pub struct Machines {
+    /// Opens the machine that a spec names.
+    pub open: Opener,
+    /// What `auto` stands for here; never empty.
+    pub auto: fn() -> Vec<MachineSpec>,
+}
+
+/// Every spec without options.
+pub const SPECS: &[&str] =
+    &["kvm:default", "kvm:sw-protected", "kvm:tdx", "sim:default", "sim:sw-protected", "sim:tdx"];
+
+/// The machines of this program.
+pub static EVERY: Machines = Machines { open, auto };
+
+/// Opens a machine.
+///
+/// # Errors
+/// A [`Stop::Skip`] when it is not to be had here, with what would provide it.
+pub fn open(spec: &MachineSpec) -> Result<Box<dyn Machine>, Stop> {
+    match spec.family {
+        Family::Kvm => {
+            let machine = KvmMachine::new(spec.vm_type);
+            match Stop::unless_present(Facility::Vm, &machine.facility(Facility::Vm)) {
+                Some(stop) => Err(stop),
+                None => Ok(Box::new(machine)),
+            }
+        }
+        Family::Sim => Err(Stop::skip(SkipKind::Declined, "the model is not a machine of this program yet")),
+    }
+}
+
+/// Every VM type that the running kernel offers; `kvm:default` when it offers none, so that the reason is reported.
+pub fn auto() -> Vec<MachineSpec> {
+    let mut offered: Vec<MachineSpec> =
+        VmType::ALL.iter().map(|&vm_type| MachineSpec::new(Family::Kvm, vm_type)).collect();
+    offered.retain(|spec| open(spec).is_ok());
+    if offered.is_empty() {
+        offered.push(MachineSpec::new(Family::Kvm, VmType::Default));
+    }
+    offered
+}
+
+impl Machines {
+    /// The machines that `specs` name, `auto` when there is none; each once.
+    ///
+    /// # Errors
+    /// One line that names the spec that cannot be read.
+    pub fn named(&self, specs: &[String]) -> Result<Vec<MachineSpec>, String> {
+        let mut named: Vec<MachineSpec> = Vec::new();
+        let auto = ["auto".to_owned()];
+        for text in if specs.is_empty() { &auto } else { specs } {
+            let these = if text == "auto" {
+                (self.auto)()
+            } else {
+                vec![text.parse().map_err(|error: crate::machine::SpecError| error.to_string())?]
+            };
+            for spec in these {
+                if !named.contains(&spec) {
+                    named.push(spec);
+                }
+            }
+        }
+        Ok(named)
+    }
+}

@@ -1,0 +1,118 @@
+//! The command line: one file per subcommand. Results go to standard output, everything else to standard error.
+//!
+//! A selftest binary is `run` without the word: same flags, same exit codes, and `--list`.
+
+mod failure;
+mod generate;
+mod list;
+pub mod machines;
+mod probe;
+mod run;
+mod values;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::harness::child::run_claim;
+use crate::harness::exit::ExitStyle;
+use crate::harness::{Suite, wire};
+use failure::Failure;
+use machines::Machines;
+
+/// Selftests, model and rig for KVM guest_memfd and TDX private memory.
+#[derive(Debug, Parser)]
+#[command(name = "gmemtest", version, arg_required_else_help = true)]
+struct Gmemtest {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run tests.
+    Run(run::RunArguments),
+    /// Print the names of the tests.
+    List(list::ListArguments),
+    /// Say what this kernel and this host offer, and what each missing piece would need.
+    Probe(probe::ProbeArguments),
+    /// Print a completion script for a shell.
+    #[command(hide = true)]
+    Completions(generate::CompletionsArguments),
+    /// Print the manual page.
+    #[command(hide = true)]
+    Man,
+}
+
+/// The `run` of a selftest binary.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Selftest {
+    /// Print the names of the tests instead of running them.
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    run: run::RunArguments,
+}
+
+/// The `gmemtest` command: every subcommand, over `suites`.
+pub fn main(suites: &[&'static Suite]) -> ExitCode {
+    let machines = &machines::EVERY;
+    with_arguments(suites, machines, |arguments| {
+        let parsed: Gmemtest = parse(&arguments)?;
+        match parsed.command {
+            Command::Run(options) => run::run(&options, suites, machines, &["gmemtest".to_owned(), "run".to_owned()]),
+            Command::List(options) => list::list(&options, suites, machines),
+            Command::Probe(options) => probe::probe(&options, machines),
+            Command::Completions(options) => generate::completions(&options, Gmemtest::command()),
+            Command::Man => generate::man(Gmemtest::command()),
+        }
+    })
+}
+
+/// The `main` of a selftest binary: `run` over `suites`.
+pub fn selftest_main(suites: &[&'static Suite]) -> ExitCode {
+    selftest_main_on(suites, &machines::EVERY)
+}
+
+/// [`selftest_main`] with machines of the caller's own.
+pub fn selftest_main_on(suites: &[&'static Suite], machines: &Machines) -> ExitCode {
+    with_arguments(suites, machines, |arguments| {
+        let parsed: Selftest = parse(&arguments)?;
+        if parsed.list {
+            return list::names(&parsed.run, suites);
+        }
+        let program = arguments.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        run::run(&parsed.run, suites, machines, &[program])
+    })
+}
+
+/// Runs one claim when the runner started this process, else the command; a failure becomes its one line.
+fn with_arguments(
+    suites: &[&'static Suite],
+    machines: &Machines,
+    command: impl FnOnce(Vec<OsString>) -> Result<ExitCode, Failure>,
+) -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|first| first == wire::CLAIM_ARGUMENT) {
+        let rest: Vec<String> = arguments[2..].iter().map(|text| text.to_string_lossy().into_owned()).collect();
+        return run_claim(&rest, suites, machines.open);
+    }
+    let style = exit_style(&arguments);
+    command(arguments).unwrap_or_else(|failure| failure.report(style))
+}
+
+/// The exit style, known even when the rest of the command line cannot be read: `git bisect run` takes a usage error's
+/// usual 2 for "this revision is bad".
+fn exit_style(arguments: &[OsString]) -> ExitStyle {
+    let texts: Vec<&str> = arguments.iter().filter_map(|text| text.to_str()).collect();
+    let bisect =
+        texts.contains(&"--exit-style=bisect") || texts.windows(2).any(|two| two == ["--exit-style", "bisect"]);
+    if bisect { ExitStyle::Bisect } else { ExitStyle::Kselftest }
+}
+
+fn parse<T: CommandFactory + FromArgMatches>(arguments: &[OsString]) -> Result<T, Failure> {
+    let matches = T::command().try_get_matches_from(arguments)?;
+    Ok(T::from_arg_matches(&matches)?)
+}

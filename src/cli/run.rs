@@ -1,0 +1,235 @@
+//! `gmemtest run`: runs tests and reports.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::{Args, ValueEnum};
+
+use super::failure::Failure;
+use super::machines::Machines;
+use super::values;
+use crate::harness::event::{Event, Listener, RunInfo};
+use crate::harness::exit::ExitStyle;
+use crate::harness::journal::Journal;
+use crate::harness::known::KnownIssues;
+use crate::harness::outcome::Skipped;
+use crate::harness::plan::Plan;
+use crate::harness::runner::{self, OnFailure, Options, Rounds};
+use crate::harness::select::Pattern;
+use crate::harness::{Seed, Stop, Suite};
+use crate::machine::{MachineSpec, SkipKind};
+use crate::observe::Environment;
+use crate::report::{Ktap, Pretty, Screen};
+
+/// The flags of `run`, which are those of every selftest binary too.
+#[derive(Debug, Args)]
+pub(super) struct RunArguments {
+    /// Names of tests: a suite, a test, a row; `*` stands for any run of characters; a name that nothing has is looked
+    /// for within the names.
+    #[arg(value_name = "PATTERN")]
+    pub(super) patterns: Vec<String>,
+    /// Leave out the tests that a pattern means.
+    #[arg(long, value_name = "PATTERN")]
+    pub(super) exclude: Vec<String>,
+    /// Machine to run on: kvm:default, sim:tdx,policy=bug-vm, ..; auto is every VM type that the running kernel offers.
+    #[arg(long, value_name = "SPEC")]
+    pub(super) machine: Vec<String>,
+    /// Format of the results.
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// File for the results; standard output then shows them as text.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Most tests at a time.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: u16,
+    /// Time limit of a test, in seconds or with a unit; a test that states its own keeps that.
+    #[arg(long, value_name = "SECS", default_value = "120", value_parser = values::duration)]
+    timeout: Duration,
+    /// Run everything N times.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "duration")]
+    repeat: Option<u64>,
+    /// Run everything again until so much time has passed (30m); the round that is then under way is finished.
+    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    duration: Option<Duration>,
+    /// Stop at the first failure; without --repeat or --duration, repeat until there is one.
+    #[arg(long)]
+    until_fail: bool,
+    /// Shuffle the order, by the seed of the run or by one given here.
+    #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true)]
+    shuffle: Option<Option<Seed>>,
+    /// The seed that every random choice follows from.
+    #[arg(long)]
+    seed: Option<Seed>,
+    /// Keep every result in DIR as it comes, synced to disk.
+    #[arg(long, value_name = "DIR")]
+    journal: Option<PathBuf>,
+    /// Go on with the run in the journal: what has a result keeps it, what had only started is a crash.
+    #[arg(long, requires = "journal")]
+    resume: bool,
+    /// A missing prerequisite is a failure: skips of these kinds, or of every kind but declined.
+    #[arg(long, value_name = "KIND,..", num_args = 0..=1, require_equals = true)]
+    strict: Option<Option<String>>,
+    /// Meaning of the exit code. kselftest: 0 good, 1 failure, 2 usage, 4 all skipped. bisect: 0 good, 1 bad, 125 cannot
+    /// tell, 255 stop. A run ended by a signal exits with 128 and its number.
+    #[arg(long, value_name = "STYLE", value_enum, default_value_t)]
+    exit_style: StyleName,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Text for people.
+    #[default]
+    Pretty,
+    /// KTAP version 1.
+    Ktap,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum StyleName {
+    #[default]
+    Kselftest,
+    Bisect,
+}
+
+/// Runs tests. `again` are the words that start this program for one test again.
+pub(super) fn run(
+    arguments: &RunArguments,
+    suites: &[&'static Suite],
+    machines: &Machines,
+    again: &[String],
+) -> Result<ExitCode, Failure> {
+    let plan = Plan::new(
+        suites,
+        machines.named(&arguments.machine)?,
+        &patterns(&arguments.patterns),
+        &patterns(&arguments.exclude),
+    )?;
+    let (journal, seed) = arguments.open_journal()?;
+    let info = RunInfo {
+        arguments: std::env::args_os().map(|text| text.to_string_lossy().into_owned()).collect(),
+        again: again.to_vec(),
+        seed,
+        shuffle: arguments.shuffle.map(|order| order.unwrap_or(seed)),
+        rounds: arguments.rounds(),
+        jobs: usize::from(arguments.jobs),
+        started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        environment: Environment::read(),
+    };
+    let mut options = Options {
+        jobs: usize::from(arguments.jobs),
+        timeout: arguments.timeout,
+        on_failure: if arguments.until_fail { OnFailure::Stop } else { OnFailure::GoOn },
+        strict: arguments.strict_kinds()?,
+        known: KnownIssues::embedded()?,
+        absent: absent(&plan, machines),
+        journal,
+    };
+    let mut reporters = arguments.reporters()?;
+    let ended = runner::run(&info, &plan, &mut options, &mut reporters)?;
+    let style = match arguments.exit_style {
+        StyleName::Kselftest => ExitStyle::Kselftest,
+        StyleName::Bisect => ExitStyle::Bisect,
+    };
+    Ok(ExitCode::from(style.code(&ended.summary, ended.stopped.as_ref())))
+}
+
+pub(super) fn patterns(texts: &[String]) -> Vec<Pattern> {
+    texts.iter().map(Pattern::new).collect()
+}
+
+/// The machines of the plan that are not to be had here.
+fn absent(plan: &Plan, machines: &Machines) -> Vec<(MachineSpec, Skipped)> {
+    let skip = |spec: &MachineSpec| match (machines.open)(spec) {
+        Err(Stop::Skip { kind, reason }) => Some((spec.clone(), Skipped::new(kind, reason))),
+        _ => None,
+    };
+    plan.machines.iter().filter_map(skip).collect()
+}
+
+impl RunArguments {
+    fn rounds(&self) -> Rounds {
+        match (self.repeat, self.duration) {
+            (Some(count), _) => Rounds::Count(count),
+            (None, Some(duration)) => Rounds::For(duration),
+            (None, None) if self.until_fail => Rounds::For(Duration::MAX),
+            (None, None) => Rounds::Count(1),
+        }
+    }
+
+    fn strict_kinds(&self) -> Result<Vec<SkipKind>, Failure> {
+        match &self.strict {
+            None => Ok(Vec::new()),
+            Some(None) => Ok(SkipKind::ALL.into_iter().filter(|&kind| kind != SkipKind::Declined).collect()),
+            Some(Some(list)) => list
+                .split(',')
+                .map(|word| values::skip_kind(word).map_err(|why| format!("--strict={list}: '{word}': {why}").into()))
+                .collect(),
+        }
+    }
+
+    /// The journal, and the seed: that of the journal when it is taken up.
+    fn open_journal(&self) -> Result<(Option<Journal>, Seed), Failure> {
+        let fresh =
+            || self.seed.map_or_else(|| Seed::fresh().map_err(|error| format!("cannot make a seed: {error}")), Ok);
+        let Some(directory) = &self.journal else {
+            return Ok((None, fresh()?));
+        };
+        if !self.resume {
+            let seed = fresh()?;
+            return Ok((Some(Journal::create(directory, seed)?), seed));
+        }
+        let (journal, seed) = Journal::resume(directory)?;
+        match self.seed {
+            Some(other) if other != seed => {
+                Err(format!("--seed {other}: the run in {} has seed {seed}; leave --seed out", directory.display())
+                    .into())
+            }
+            _ => Ok((Some(journal), seed)),
+        }
+    }
+
+    fn reporters(&self) -> Result<Reporters, Failure> {
+        let mut reporters: Vec<Box<dyn Listener>> = Vec::new();
+        let text = || Box::new(Pretty::new(anstream::AutoStream::auto(io::stdout()), Screen::new()));
+        match &self.output {
+            None if self.format == Format::Pretty => reporters.push(text()),
+            None => reporters.push(self.format.reporter(io::stdout())),
+            Some(path) => {
+                let file = File::create(path).map_err(|error| {
+                    format!("cannot write {}: {error}; give --output a file that can be made", path.display())
+                })?;
+                reporters.push(self.format.reporter(file));
+                if self.format != Format::Pretty {
+                    reporters.push(text());
+                }
+            }
+        }
+        Ok(Reporters(reporters))
+    }
+}
+
+impl Format {
+    /// A reporter of this format, without colour.
+    fn reporter(self, out: impl Write + 'static) -> Box<dyn Listener> {
+        match self {
+            Format::Pretty => {
+                Box::new(Pretty::new(anstream::StripStream::new(Box::new(out) as Box<dyn Write>), Screen::new()))
+            }
+            Format::Ktap => Box::new(Ktap::new(out)),
+        }
+    }
+}
+
+/// Every reporter hears every event, even when an earlier one could not write it.
+struct Reporters(Vec<Box<dyn Listener>>);
+
+impl Listener for Reporters {
+    fn hear(&mut self, event: &Event<'_>) -> io::Result<()> {
+        let results: Vec<io::Result<()>> = self.0.iter_mut().map(|reporter| reporter.hear(event)).collect();
+        results.into_iter().collect()
+    }
+}

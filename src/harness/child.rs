@@ -1,0 +1,148 @@
+//! The process of one test: opens the machine, checks what the test needs, runs it, and says how it ended.
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use super::plan::{Claim, claims};
+use super::wire::{FD_VARIABLE, Message, Verdict, Wire};
+use super::{Body, Context, Notes, Seed, Stop, Suite, TestResult};
+use crate::machine::{Machine, MachineSpec};
+
+/// Opens the machine that a spec names.
+///
+/// A machine that is not to be had here is a [`Stop::Skip`]; anything else that goes wrong is a [`Stop::Fail`], and is
+/// reported as the harness's failure, not as the test's.
+pub type Opener = fn(&MachineSpec) -> Result<Box<dyn Machine>, Stop>;
+
+/// Most remarks one test can leave; the ones after that are counted and dropped.
+const MOST_NOTES: usize = 256;
+
+/// Carries out `__claim NAME MACHINE SEED`. The exit code is 0 whenever a verdict was sent.
+pub fn run_claim(arguments: &[String], suites: &[&'static Suite], open: Opener) -> ExitCode {
+    let Some(wire) = take_wire() else {
+        eprintln!("gmemtest: {} is for the runner's own use", super::wire::CLAIM_ARGUMENT);
+        return ExitCode::from(super::exit::USAGE);
+    };
+    let notes = Bounded { wire: &wire, left: Mutex::new(MOST_NOTES) };
+    let (verdict, micros) = match parse(arguments, suites) {
+        Ok((claim, spec, seed)) => judged(&claim, &spec, seed, open, &notes),
+        Err(message) => (Verdict::Error { message }, 0),
+    };
+    wire.send(&Message::Verdict { verdict, micros });
+    ExitCode::SUCCESS
+}
+
+/// The pipe to the runner, closed to whatever the test executes.
+fn take_wire() -> Option<Wire> {
+    let fd: RawFd = std::env::var(FD_VARIABLE).ok()?.parse().ok()?;
+    // SAFETY: fcntl on a number that may or may not be a descriptor has no memory effect; an error is checked.
+    if fd < 3 || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return None;
+    }
+    // SAFETY: the runner opened this descriptor for this process alone and left its number in the environment; nothing
+    // else in the process has been given it.
+    Some(Wire::new(unsafe { File::from_raw_fd(fd) }))
+}
+
+fn parse(arguments: &[String], suites: &[&'static Suite]) -> Result<(Claim, MachineSpec, Seed), String> {
+    let [name, spec, seed] = arguments else {
+        return Err(format!("expected a test, a machine and a seed, got {arguments:?}"));
+    };
+    let claim = claims(suites).into_iter().find(|claim| claim.name == *name).ok_or(format!("no test {name}"))?;
+    Ok((claim, spec.parse().map_err(|error| format!("{error}"))?, seed.parse()?))
+}
+
+fn judged(claim: &Claim, spec: &MachineSpec, seed: Seed, open: Opener, notes: &Bounded<'_>) -> (Verdict, u64) {
+    name_process(claim.name_in_suite());
+    let machine = match open(spec) {
+        Ok(machine) => machine,
+        Err(Stop::Skip { kind, reason }) => {
+            return (Verdict::Skip { kind: kind.word().to_owned(), reason }, 0);
+        }
+        Err(Stop::Fail(failure)) => {
+            return (Verdict::Error { message: format!("cannot open {spec}: {failure}") }, 0);
+        }
+    };
+    let context = Context::new(machine.as_ref(), &claim.name, seed.of_test(&claim.name), notes);
+    notes.wire.send(&Message::Begin { release: machine.release().to_string() });
+    catch_panics();
+    let started = Instant::now();
+    let result = catch_unwind(AssertUnwindSafe(|| run(claim, &context)));
+    let micros = started.elapsed().as_micros() as u64;
+    // Closing the machine is part of the test: when it hangs, that is this test's time limit.
+    drop(machine);
+    let verdict = match result {
+        Ok(Ok(())) => Verdict::Pass,
+        Ok(Err(Stop::Fail(failure))) => Verdict::Fail { message: failure.message, location: failure.location },
+        Ok(Err(Stop::Skip { kind, reason })) => Verdict::Skip { kind: kind.word().to_owned(), reason },
+        Err(_) => {
+            let (message, location) =
+                FIRST_PANIC.lock().map_or_else(|_| None, |mut first| first.take()).unwrap_or_default();
+            Verdict::Fail { message: format!("panicked: {message}"), location }
+        }
+    };
+    (verdict, micros)
+}
+
+fn run(claim: &Claim, context: &Context<'_>) -> TestResult {
+    for &need in claim.suite.needs.iter().chain(claim.test.needs) {
+        context.require(need)?;
+    }
+    match (claim.test.body, claim.row) {
+        (Body::Claim(function), _) => function(context),
+        (Body::Table { run, .. }, row) => run(context, row.unwrap_or_default()),
+    }
+}
+
+/// Message and place of the first panic on the main thread.
+static FIRST_PANIC: Mutex<Option<(String, String)>> = Mutex::new(None);
+
+/// From here on a panic is one line on standard error, and the first one on the main thread is remembered.
+fn catch_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let message = panic_text(info.payload());
+        let location = info.location().map(|at| format!("{}:{}", at.file(), at.line())).unwrap_or_default();
+        let thread = std::thread::current();
+        eprintln!("thread '{}' panicked at {location}: {message}", thread.name().unwrap_or("unnamed"));
+        if thread.name() == Some("main")
+            && let Ok(mut first) = FIRST_PANIC.lock()
+        {
+            first.get_or_insert((message, location));
+        }
+    }));
+}
+
+fn panic_text(payload: &dyn std::any::Any) -> String {
+    let owned = payload.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a value that is not text").to_owned()
+}
+
+/// Shows the claim in `comm`, of which the kernel keeps 15 bytes.
+fn name_process(name: &str) {
+    if let Ok(name) = std::ffi::CString::new(name) {
+        // SAFETY: PR_SET_NAME reads at most 16 bytes of a string that ends in a NUL byte, and this one lives on.
+        unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+    }
+}
+
+/// Keeps a test that remarks in a loop from filling the runner's memory.
+struct Bounded<'a> {
+    wire: &'a Wire,
+    left: Mutex<usize>,
+}
+
+impl Notes for Bounded<'_> {
+    fn note(&self, text: String) {
+        let mut left = self.left.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match *left {
+            0 => {}
+            1 => self.wire.note("further remarks were dropped".to_owned()),
+            _ => self.wire.note(text),
+        }
+        *left = left.saturating_sub(1);
+    }
+}

@@ -1,0 +1,9 @@
+//! What the running kernel says of itself: what it is, whether it is tainted, and what it complains about in its log.
+
+mod environment;
+mod kernel_log;
+mod taint;
+
+pub use environment::{Environment, KernelConfig, ModuleParameters};
+pub use kernel_log::{KernelLog, complaints};
+pub use taint::{Taint, TaintFlag};
