@@ -161,7 +161,8 @@ mod tests {
             return;
         };
         let text = format!("gmemtest: unit test {} of the kernel log window", std::process::id());
-        if std::fs::write("/dev/kmsg", &text).is_err() {
+        // Without the newline the record would stay open for a continuation, and unseen.
+        if std::fs::write("/dev/kmsg", format!("{text}\n")).is_err() {
             return;
         }
         assert!(log.read().contains(&text));
