@@ -1,0 +1,104 @@
+//! The inode: size, flags, and the page cache.
+
+use super::super::World;
+use super::super::host::{Cpu, Flags, Holder, Order, Pfn};
+use super::super::mutant::Mutant;
+use super::super::profile::GMEM_FLAG_INIT_SHARED;
+use crate::machine::{Errno, PAGE_SIZE};
+use std::collections::BTreeMap;
+
+/// Identifies an inode in the model.
+pub type InodeId = u64;
+
+/// A guest_memfd inode.
+#[derive(Debug)]
+pub struct Inode {
+    /// `st_ino`.
+    pub number: u64,
+    /// Bytes, fixed at creation.
+    pub size: u64,
+    /// GUEST_MEMFD_FLAG_*.
+    pub flags: u64,
+    /// First page index to first frame of each folio in the page cache.
+    pub pages: BTreeMap<u64, Pfn>,
+    /// mtime, nanoseconds since the epoch.
+    pub modified_ns: i128,
+}
+
+impl Inode {
+    /// Whether the whole file is shared: GUEST_MEMFD_FLAG_INIT_SHARED.
+    pub fn is_init_shared(&self) -> bool {
+        self.flags & GMEM_FLAG_INIT_SHARED != 0
+    }
+
+    /// Size in pages.
+    pub fn size_pages(&self) -> u64 {
+        self.size / PAGE_SIZE
+    }
+}
+
+impl World {
+    /// The frame of a page of the file, if it is in the page cache.
+    pub fn gmem_lookup(&self, inode: InodeId, index: u64) -> Option<Pfn> {
+        let (first, head) = self.gmem.inodes.get(&inode)?.pages.range(..=index).next_back()?;
+        let (_, pages) = self.host.frames.extent(*head);
+        (index < first + pages).then(|| head + (index - first))
+    }
+
+    /// The frame of a page of the file, allocated when it is not there (kvm_gmem_get_folio).
+    ///
+    /// # Errors
+    /// ENOMEM, or what was scripted for the allocator.
+    pub fn gmem_get_folio(&mut self, inode: InodeId, index: u64, cpu: Cpu) -> Result<Pfn, Errno> {
+        if let Some(pfn) = self.gmem_lookup(inode, index) {
+            return Ok(pfn);
+        }
+        let pfn = self.host.alloc_folio(Order::Base, Holder::PageCache)?;
+        self.host.frames.set_mapping(pfn, Some((inode, index)));
+        self.host.frames.set_flags(pfn, Flags::UNEVICTABLE);
+        self.gmem.inodes.get_mut(&inode).expect("the file is open").pages.insert(index, pfn);
+        self.host.lru_add(cpu, pfn);
+        Ok(pfn)
+    }
+
+    /// Takes the folios of `first..last` out of the page cache and out of the host's page tables, and drops the page
+    /// cache's references. Whoever else holds a folio keeps it, detached from the file.
+    pub fn gmem_truncate(&mut self, inode: InodeId, first: u64, last: u64) {
+        if !self.mutant(Mutant::PunchSkipsHostUnmap) {
+            self.gmem_unmap_host(inode, first, last);
+        }
+        let Some(node) = self.gmem.inodes.get_mut(&inode) else { return };
+        let indices: Vec<u64> = node.pages.range(first..last).map(|(index, _)| *index).collect();
+        let folios: Vec<Pfn> = indices.into_iter().filter_map(|index| node.pages.remove(&index)).collect();
+        if !folios.is_empty() {
+            self.drain_local_lru();
+        }
+        for pfn in folios {
+            let (_, pages) = self.host.frames.extent(pfn);
+            self.host.frames.set_mapping(pfn, None);
+            if self.mutant(Mutant::PunchFreesPinned) && self.host.frames.refs(pfn) > 1 {
+                self.host.frames.corrupt(pfn, -1);
+            }
+            if !self.mutant(Mutant::PunchLeaksReference) {
+                self.host.put(pfn, Holder::PageCache, pages as u32);
+            } else {
+                self.host.frames.get(pfn, Holder::Leak, 1);
+                self.host.put(pfn, Holder::PageCache, pages as u32);
+            }
+        }
+    }
+
+    /// Pages in the page cache in `first..last`.
+    pub fn gmem_cached_pages(&self, inode: InodeId, first: u64, last: u64) -> u64 {
+        let Some(node) = self.gmem.inodes.get(&inode) else { return 0 };
+        let before = node.pages.range(..first).next_back();
+        before
+            .into_iter()
+            .chain(node.pages.range(first..last))
+            .map(|(index, head)| {
+                let end = index + self.host.frames.extent(*head).1;
+                end.min(last).saturating_sub((*index).max(first))
+            })
+            .sum()
+    }
+}

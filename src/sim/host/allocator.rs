@@ -1,0 +1,147 @@
+//! The page allocator: fresh frames until some come back, then the last one that came back first.
+
+use super::Pfn;
+use crate::machine::Errno;
+use std::collections::VecDeque;
+
+/// Sizes of folios.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Order {
+    /// One base page.
+    Base = 0,
+    /// 2 MiB.
+    Pmd = 9,
+    /// 1 GiB.
+    Pud = 18,
+}
+
+impl Order {
+    /// Every order.
+    pub const ALL: [Order; 3] = [Order::Base, Order::Pmd, Order::Pud];
+
+    /// Base pages of a folio of this order.
+    pub const fn pages(self) -> u64 {
+        1 << (self as u8)
+    }
+
+    /// The largest number not above `n` that is a multiple of the folio's pages.
+    pub const fn align_down(self, n: u64) -> u64 {
+        n & !(self.pages() - 1)
+    }
+
+    const fn slot(self) -> usize {
+        match self {
+            Order::Base => 0,
+            Order::Pmd => 1,
+            Order::Pud => 2,
+        }
+    }
+}
+
+/// First frame of each order's own region; regions do not meet.
+const FIRST: [Pfn; 3] = [1 << 16, 1 << 30, 1 << 34];
+/// One past the last frame of each region.
+const LIMIT: [Pfn; 3] = [1 << 30, 1 << 34, 1 << 36];
+
+/// Free frames of every order. Orders above base are a pool in the manner of hugetlb: frames of a split folio come back
+/// one by one and stay base pages until they are merged.
+#[derive(Debug)]
+pub struct Allocator {
+    next: [Pfn; 3],
+    free: [Vec<Pfn>; 3],
+    retired: u64,
+    failures: VecDeque<(u64, Errno)>,
+    pool_limit: Option<u64>,
+}
+
+impl Default for Allocator {
+    fn default() -> Allocator {
+        Allocator { next: FIRST, free: Default::default(), retired: 0, failures: VecDeque::new(), pool_limit: None }
+    }
+}
+
+impl Allocator {
+    /// Takes a folio's frames.
+    ///
+    /// # Errors
+    /// ENOMEM when the region is used up, or the errno scripted with [`Allocator::fail_next`].
+    pub fn take(&mut self, order: Order) -> Result<Pfn, Errno> {
+        if let Some((wait, errno)) = self.failures.front_mut() {
+            if *wait == 0 {
+                let errno = *errno;
+                self.failures.pop_front();
+                return Err(errno);
+            }
+            *wait -= 1;
+        }
+        let slot = order.slot();
+        if let Some(pfn) = self.free[slot].pop() {
+            return Ok(pfn);
+        }
+        let pfn = self.next[slot];
+        let used = (pfn - FIRST[slot]) / order.pages();
+        if pfn + order.pages() > LIMIT[slot] || (order != Order::Base && self.pool_limit.is_some_and(|max| used >= max))
+        {
+            return Err(Errno::ENOMEM);
+        }
+        self.next[slot] += order.pages();
+        Ok(pfn)
+    }
+
+    /// Takes a folio's frames back.
+    pub fn give_back(&mut self, pfn: Pfn, order: Order) {
+        self.free[order.slot()].push(pfn);
+    }
+
+    /// Takes frames out of circulation for good.
+    pub fn retire(&mut self, _pfn: Pfn, order: Order) {
+        self.retired += order.pages();
+    }
+
+    /// Frames out of circulation, in pages.
+    pub fn retired(&self) -> u64 {
+        self.retired
+    }
+
+    /// Whether a base frame is on the free list.
+    pub fn is_free(&self, pfn: Pfn) -> bool {
+        self.free.iter().any(|list| list.contains(&pfn))
+    }
+
+    /// Makes an allocation fail: the one after `after` further successful ones.
+    pub fn fail_next(&mut self, after: u64, errno: Errno) {
+        self.failures.push_back((after, errno));
+    }
+
+    /// Limits each pool of huge folios to a number of folios.
+    pub fn limit_pool(&mut self, folios: u64) {
+        self.pool_limit = Some(folios);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn huge_folios_are_aligned_and_pools_end() {
+        let mut allocator = Allocator::default();
+        for order in Order::ALL {
+            let pfn = allocator.take(order).unwrap();
+            assert_eq!(order.align_down(pfn), pfn);
+        }
+        allocator.limit_pool(1);
+        assert_eq!(allocator.take(Order::Pmd), Err(Errno::ENOMEM));
+        assert!(allocator.take(Order::Base).is_ok());
+    }
+
+    #[test]
+    fn scripted_failures_come_when_they_were_asked_for() {
+        let mut allocator = Allocator::default();
+        allocator.fail_next(1, Errno::ENOMEM);
+        assert!(allocator.take(Order::Base).is_ok());
+        assert_eq!(allocator.take(Order::Base), Err(Errno::ENOMEM));
+        assert!(allocator.take(Order::Base).is_ok());
+    }
+}

@@ -1,0 +1,48 @@
+//! What the model has.
+
+use super::super::mmu::capabilities::capability;
+use super::super::profile::{GMEM_FLAG_INIT_SHARED, GMEM_FLAG_MMAP, Kernel, Profile};
+use crate::machine::{Availability, Facility, SkipKind, VmType};
+use kvm_bindings::KVM_CAP_GUEST_MEMFD;
+
+/// Whether a machine with this profile and VM type has a facility.
+pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Availability {
+    let kernel = profile.kernel;
+    let too_old = |mend: &str| {
+        Availability::absent(SkipKind::UnsupportedKernel, format!("not in kernel={}", kernel.name()), mend)
+    };
+    let when = |there: bool, mend: &str| if there { Availability::present() } else { too_old(mend) };
+    let not_modelled = |why: &str| Availability::absent(SkipKind::Declined, why, "a kvm machine");
+    match facility {
+        Facility::GuestMemfd => {
+            when(capability(kernel, Some(vm_type), KVM_CAP_GUEST_MEMFD) > 0, "kernel=6.18, or sim:sw-protected")
+        }
+        Facility::GmemMmap => when(kernel.gmem_flags(Some(vm_type)) & GMEM_FLAG_MMAP != 0, "kernel=6.18"),
+        Facility::GmemInitShared if kernel >= Kernel::V6_18 && vm_type.has_private_memory() => {
+            when(kernel.gmem_flags(Some(vm_type)) & GMEM_FLAG_INIT_SHARED != 0, "sim:default, or kernel=in-place")
+        }
+        Facility::GmemInitShared => when(kernel.gmem_flags(Some(vm_type)) & GMEM_FLAG_INIT_SHARED != 0, "kernel=6.18"),
+        Facility::MemoryAttributes if !vm_type.has_private_memory() => not_private(),
+        Facility::MemoryAttributes => when(kernel.vm_attributes() != 0, "kernel=7.3 or older"),
+        Facility::PrivateMemory if !vm_type.has_private_memory() => not_private(),
+        Facility::InPlaceConversion if !vm_type.has_private_memory() => not_private(),
+        Facility::InPlaceConversion => when(kernel.converts_in_place(), "kernel=in-place"),
+        Facility::SecondAddressSpace if vm_type.has_private_memory() => Availability::absent(
+            SkipKind::Declined,
+            "VMs with private memory have no second address space",
+            "sim:default",
+        ),
+        Facility::RealFiles => not_modelled("the model's handles are not file descriptors"),
+        Facility::Userfaultfd => not_modelled("userfaultfd(2) is not modelled"),
+        Facility::NumaNodes => not_modelled("the model has one NUMA node"),
+        Facility::Kcore => not_modelled("the model's reference counts are read directly"),
+        Facility::GupTest => not_modelled("debugfs is not modelled"),
+        Facility::MemoryCgroup => not_modelled("memory cgroups are not modelled"),
+        Facility::Tracefs | Facility::FailFunction | Facility::KernelLog => not_modelled("there is no kernel to trace"),
+        _ => Availability::present(),
+    }
+}
+
+fn not_private() -> Availability {
+    Availability::absent(SkipKind::Declined, "a default VM has no private memory", "sim:sw-protected or sim:tdx")
+}

@@ -1,0 +1,171 @@
+//! The seam's traits on the model.
+//!
+//! [`SimMachine`] is the machine; `vm`, `gmem`, `mapping` and `vcpu` are its handles, each of which closes what it
+//! stands for when it is dropped; `exec` executes guest operations; `facility` says what the model has.
+
+mod exec;
+mod facility;
+mod gmem;
+mod mapping;
+mod vcpu;
+mod vm;
+
+use super::host::{Flags, Holder};
+use super::mmu::capabilities::capability;
+use super::{Profile, World};
+use crate::machine::{
+    Availability, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, SpecError, Vm, VmConfig,
+    VmType,
+};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What every handle of a machine shares: the state, behind one lock.
+#[derive(Debug)]
+pub(super) struct Shared {
+    world: Mutex<World>,
+    waiting: AtomicU32,
+}
+
+impl Shared {
+    /// Does something with the state and checks its invariants afterwards.
+    ///
+    /// # Panics
+    /// When the model contradicts itself, unless the thread is panicking already.
+    pub(super) fn with<R>(&self, action: impl FnOnce(&mut World) -> R) -> R {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let mut world = self.world.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        let result = action(&mut world);
+        let checked = if world.checks { world.check() } else { Ok(()) };
+        drop(world);
+        if let Err(broken) = checked
+            && !std::thread::panicking()
+        {
+            panic!("the model contradicts itself: {broken}");
+        }
+        result
+    }
+
+    /// Lets other threads have the lock: for loops that take it again and again.
+    pub(super) fn give_way(&self) {
+        std::thread::yield_now();
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            std::thread::sleep(std::time::Duration::from_micros(20));
+        }
+    }
+}
+
+/// References to a page, for tests of page accounting.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageAccount {
+    /// The frame.
+    pub pfn: u64,
+    /// `_refcount`.
+    pub refs: u32,
+    /// Host page-table entries.
+    pub mapcount: u32,
+    /// KPF_* bits.
+    pub flags: u64,
+    /// Who holds how many references.
+    pub holders: Vec<(Holder, u32)>,
+}
+
+/// A machine in this process.
+#[derive(Debug)]
+pub struct SimMachine {
+    spec: MachineSpec,
+    profile: Profile,
+    shared: Arc<Shared>,
+}
+
+impl SimMachine {
+    /// The machine that a spec names, new and empty.
+    ///
+    /// # Errors
+    /// One line that names the machine and what is wrong with its options.
+    pub fn open(spec: &MachineSpec) -> Result<SimMachine, SpecError> {
+        if spec.family != Family::Sim {
+            return Err(SpecError(format!("machine '{spec}' is not a sim machine")));
+        }
+        let profile = Profile::from_spec(spec)?;
+        if spec.vm_type == VmType::Tdx {
+            return Err(SpecError(format!("machine '{spec}': use sim:default or sim:sw-protected")));
+        }
+        let world = Mutex::new(World::new(profile.clone()));
+        Ok(SimMachine { spec: spec.clone(), profile, shared: Arc::new(Shared { world, waiting: AtomicU32::new(0) }) })
+    }
+
+    /// Looks at, or changes, the state behind the traits: allocation failures, speculative references, holders.
+    pub fn with_world<R>(&self, action: impl FnOnce(&mut World) -> R) -> R {
+        self.shared.with(action)
+    }
+
+    /// Who holds a page of a guest_memfd; `None` where no page is allocated. The file is named by its handle.
+    pub fn page_account(&self, file: u64, offset: u64) -> Option<PageAccount> {
+        self.shared.with(|world| {
+            let inode = world.gmem.files.get(&file)?.inode;
+            let pfn = world.gmem_lookup(inode, offset / crate::machine::PAGE_SIZE)?;
+            let frames = &world.host.frames;
+            Some(PageAccount {
+                pfn,
+                refs: frames.refs(pfn),
+                mapcount: frames.mapcount(pfn),
+                flags: frames.flags(pfn).0,
+                holders: frames.holders(pfn).to_vec(),
+            })
+        })
+    }
+}
+
+impl Machine for SimMachine {
+    fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    fn release(&self) -> Release {
+        self.profile.kernel.release()
+    }
+
+    fn facility(&self, facility: Facility) -> Availability {
+        facility::of(&self.profile, self.spec.vm_type, facility)
+    }
+
+    fn capability(&self, number: u32) -> Result<i32, Errno> {
+        Ok(capability(self.profile.kernel, None, number))
+    }
+
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, Errno> {
+        vm::SimVm::create(&self.shared, self.spec.vm_type, config)
+    }
+
+    fn try_vm_type(&self, vm_type: u64) -> Result<(), Errno> {
+        let offered = vm_type < 32 && self.profile.kernel.vm_types() & 1 << vm_type != 0;
+        if offered { Ok(()) } else { Err(Errno::EINVAL) }
+    }
+
+    fn host_memory(&self, kind: HostMemory, len: u64) -> Result<Box<dyn Mapping>, Errno> {
+        let addr = self.shared.with(|world| world.map_host_memory(kind, len))?;
+        Ok(mapping::SimMapping::boxed(&self.shared, addr, len))
+    }
+
+    fn page_flags(&self, frame: u64) -> Result<u64, Errno> {
+        const KPF_MMAP: u64 = 1 << 11;
+        const KPF_NOPAGE: u64 = 1 << 20;
+        self.shared.with(|world| {
+            let Some(folio) = world.host.frames.folio(frame) else { return Ok(KPF_NOPAGE) };
+            let lru = folio.flags.contains(Flags::LRU);
+            let flags = if lru { folio.flags.0 } else { folio.flags.0 & !Flags::UNEVICTABLE.0 };
+            Ok(if folio.mapcount > 0 { flags | KPF_MMAP } else { flags })
+        })
+    }
+
+    fn page_map_count(&self, frame: u64) -> Result<u64, Errno> {
+        Ok(self.shared.with(|world| u64::from(world.host.frames.mapcount(frame))))
+    }
+
+    fn drain_lru(&self) -> Result<(), Errno> {
+        self.shared.with(|world| world.host.drain_all_lru());
+        Ok(())
+    }
+}

@@ -1,0 +1,73 @@
+//! KVM_SET_MEMORY_ATTRIBUTES.
+
+use super::super::World;
+use super::super::mutant::Mutant;
+use super::{VmId, ZapFilter};
+use crate::machine::{Errno, MemoryAttributes, PAGE_SIZE};
+
+/// KVM_MEMORY_ATTRIBUTE_PRIVATE.
+pub const PRIVATE: u64 = 1 << 3;
+
+impl World {
+    /// KVM_SET_MEMORY_ATTRIBUTES.
+    ///
+    /// # Errors
+    /// EIO, then EINVAL: flags, attributes, size and wrap, alignment.
+    pub fn set_attributes(&mut self, vm: VmId, argument: &MemoryAttributes) -> Result<(), Errno> {
+        let kernel = self.profile.kernel;
+        let has_private_memory = self.live_vm(vm)?.vm_type.has_private_memory();
+        let MemoryAttributes { address, size, attributes, flags } = *argument;
+        if flags != 0 && !self.mutant(Mutant::AttributesIgnoreFlags) {
+            return Err(Errno::EINVAL);
+        }
+        let supported =
+            if has_private_memory || self.mutant(Mutant::AttributesOnDefaultVm) { kernel.vm_attributes() } else { 0 };
+        if attributes & !supported != 0 {
+            return Err(Errno::EINVAL);
+        }
+        if size == 0 || address.checked_add(size).is_none() {
+            return Err(Errno::EINVAL);
+        }
+        if !address.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(Errno::EINVAL);
+        }
+        let (first, mut last) = (address / PAGE_SIZE, (address + size) / PAGE_SIZE);
+        if self.vms[&vm].attributes.all(first, last, attributes) {
+            return Ok(());
+        }
+        if !self.mutant(Mutant::AttributesSkipZap) {
+            self.zap_for_attributes(vm, first, last, attributes);
+        }
+        if self.mutant(Mutant::AttributesPunch) {
+            self.punch_gfns(vm, first, last);
+        }
+        if self.mutant(Mutant::AttributesOnePageShort) {
+            last -= 1;
+        }
+        if let Some(state) = self.vms.get_mut(&vm) {
+            state.attributes.set(first, last, attributes);
+            state.invalidate_seq += 1;
+        }
+        Ok(())
+    }
+
+    /// Going private unmaps shared mappings, going shared private ones, in every slot of the range.
+    fn zap_for_attributes(&mut self, vm: VmId, first: u64, last: u64, attributes: u64) {
+        let filter = if attributes & PRIVATE != 0 { ZapFilter::Shared } else { ZapFilter::Private };
+        for space in 0..self.vms[&vm].address_spaces() as u16 {
+            for (_, from, to) in self.vms[&vm].slots.overlaps(space, first, last) {
+                self.zap_gfns(vm, from, to, filter);
+            }
+        }
+    }
+
+    fn punch_gfns(&mut self, vm: VmId, first: u64, last: u64) {
+        for (key, from, to) in self.vms[&vm].slots.overlaps(0, first, last) {
+            let Some(slot) = self.vms[&vm].slots.get(key) else { continue };
+            if let Some(inode) = slot.file.and_then(|file| self.gmem.files.get(&file)).map(|file| file.inode) {
+                let index = slot.pgoff + (from - slot.base_gfn);
+                self.gmem_truncate(inode, index, index + (to - from));
+            }
+        }
+    }
+}

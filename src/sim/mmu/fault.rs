@@ -1,0 +1,127 @@
+//! Guest page faults: from a gfn to a mapping, or to an exit.
+
+use super::super::World;
+use super::super::gmem::fault::Access;
+use super::super::host::{Cpu, Flags, Order};
+use super::super::mutant::Mutant;
+use super::attributes::PRIVATE;
+use super::{Slot, Spte, VmId};
+use crate::machine::{Errno, PAGE_SIZE, VmType};
+use kvm_bindings::KVM_MEM_READONLY;
+
+/// Why a fault did not end in a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// No slot, or a store to a read-only one: the access is emulated.
+    Mmio,
+    /// KVM_EXIT_MEMORY_FAULT with this errno.
+    Memory {
+        /// What KVM_RUN returns.
+        errno: Errno,
+        /// KVM_MEMORY_EXIT_FLAG_PRIVATE.
+        private: bool,
+    },
+    /// KVM_RUN fails with this errno and no exit.
+    Failed(Errno),
+}
+
+/// Whether a fault is an access of the guest or KVM_PRE_FAULT_MEMORY.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The guest.
+    Guest,
+    /// KVM_PRE_FAULT_MEMORY.
+    PreFault,
+}
+
+/// A guest access to one page, as KVM sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// The page, without a TD's shared bit.
+    pub gfn: u64,
+    /// Whether it goes to private memory.
+    pub private: bool,
+    /// What the access does.
+    pub access: Access,
+    /// Who asks.
+    pub origin: Origin,
+}
+
+impl World {
+    /// Whether a gfn is private by its attribute.
+    pub fn gfn_is_private(&self, vm: VmId, gfn: u64) -> bool {
+        self.vms.get(&vm).is_some_and(|vm| vm.attributes.get(gfn) & PRIVATE != 0)
+    }
+
+    /// Handles a fault: installs a mapping and returns it with its first gfn.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub fn handle_fault(&mut self, vm: VmId, request: Request) -> Result<(u64, Spte), Fault> {
+        let Request { gfn, private, access, .. } = request;
+        let memory_fault = |errno| Fault::Memory { errno, private };
+        let state = self.vms.get(&vm).ok_or(Fault::Failed(Errno::EIO))?;
+        if state.vm_type.has_private_memory() && private != self.gfn_is_private(vm, gfn) {
+            return Err(memory_fault(Errno::EFAULT));
+        }
+        let Some((_, slot)) = state.slots.at(gfn) else {
+            return Err(if private { memory_fault(Errno::EFAULT) } else { Fault::Mmio });
+        };
+        let slot = slot.clone();
+        let uses_gmem = (private && !self.mutant(Mutant::PrivateUsesSharedSide)) || slot.gmem_only;
+        let (first, spte) = if uses_gmem {
+            if !slot.has_gmem() {
+                return Err(memory_fault(Errno::EFAULT));
+            }
+            let index = slot.pgoff + (gfn - slot.base_gfn);
+            let pfn = self.gmem_get_pfn(slot.file, index).map_err(memory_fault)?;
+            (gfn, Spte { pfn, order: Order::Base, writable: true })
+        } else {
+            self.shared_side(vm, &slot, gfn, access)?
+        };
+        if spte.writable {
+            self.host.frames.set_flags(spte.pfn, Flags::DIRTY);
+        }
+        if self.mutant(Mutant::SpteTakesReference) {
+            self.host.frames.get(spte.pfn, super::super::host::Holder::Leak, 1);
+        }
+        let state = self.vms.get_mut(&vm).expect("the VM was just found");
+        state.direct.zap(first, first + spte.order.pages());
+        state.direct.set(first, spte);
+        Ok((first, spte))
+    }
+
+    /// Resolves a gfn through `userspace_addr`: GUP in the host process.
+    fn shared_side(&mut self, vm: VmId, slot: &Slot, gfn: u64, access: Access) -> Result<(u64, Spte), Fault> {
+        let read_only = slot.flags & KVM_MEM_READONLY != 0;
+        if read_only && access == Access::Write {
+            return Err(Fault::Mmio);
+        }
+        let hva = slot.hva(gfn);
+        let pte = self.host_fault(hva, access, Cpu::Guest).map_err(|_| {
+            if self.mutant(Mutant::SharedEfaultIsMemoryFault) {
+                Fault::Memory { errno: Errno::EFAULT, private: false }
+            } else {
+                Fault::Failed(Errno::EFAULT)
+            }
+        })?;
+        let vma = self.host.mm.vma_at(hva).copied();
+        let writable = !read_only && vma.is_some_and(|vma| vma.prot & libc::PROT_WRITE != 0);
+        let block = Order::Pmd.align_down(gfn);
+        let pages = Order::Pmd.pages();
+        let aligned_alike = (slot.userspace_addr / PAGE_SIZE) % pages == slot.base_gfn % pages;
+        let inside = block >= slot.base_gfn && block + pages <= slot.end_gfn();
+        let huge = pte.order == Order::Pmd && aligned_alike && inside && slot.dirty.is_none();
+        if huge && !self.is_mixed(vm, block, block + pages) {
+            return Ok((block, Spte { pfn: pte.pfn, order: Order::Pmd, writable }));
+        }
+        let page = hva / PAGE_SIZE % pte.order.pages();
+        Ok((gfn, Spte { pfn: pte.pfn + page, order: Order::Base, writable }))
+    }
+
+    /// KVM_LPAGE_MIXED_FLAG of a block: its gfns do not all have the same attributes.
+    fn is_mixed(&self, vm: VmId, first: u64, last: u64) -> bool {
+        let state = &self.vms[&vm];
+        state.vm_type != VmType::Default && state.attributes.pieces(first, last).len() > 1
+    }
+}
