@@ -1,7 +1,7 @@
 //! What the running kernel offers beside KVM, and what each missing piece would need.
 
 use super::mapping::KvmMapping;
-use super::{gmem, hold, mapping, pagemap};
+use super::{gmem, hold, mapping, page, pagemap};
 use crate::machine::{Availability, Errno, Facility, HoldKind, HostMemory, Mapping, PAGE_SIZE, SkipKind};
 use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -145,8 +145,11 @@ fn pagemap_frames() -> Availability {
 
 fn drop_caches() -> Availability {
     const PATH: &str = "/proc/sys/vm/drop_caches";
+    if page::move_to_its_own_node().is_ok() {
+        return Availability::with("move_pages(2)");
+    }
     match fs::OpenOptions::new().write(true).open(PATH).map_err(mapping::errno_of) {
-        Ok(_) => Availability::present(),
+        Ok(_) => Availability::with(PATH),
         Err(errno) => refused(&format!("open {PATH}"), errno, "CONFIG_SYSCTL=y and /proc mounted", "root"),
     }
 }

@@ -24,6 +24,7 @@ mod host_facility;
 mod ioctl;
 mod kick;
 mod mapping;
+mod page;
 mod pagemap;
 mod stats;
 mod system;

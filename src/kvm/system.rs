@@ -3,7 +3,7 @@
 use super::facility::Facilities;
 use super::mapping::KvmMapping;
 use super::vm::KvmVm;
-use super::{ioctl, vm};
+use super::{ioctl, page, vm};
 use crate::machine::{
     Availability, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, Vm, VmConfig, VmType,
 };
@@ -85,6 +85,18 @@ impl Machine for KvmMachine {
 
     fn host_memory(&self, kind: HostMemory, len: u64) -> Result<Box<dyn Mapping>, Errno> {
         Ok(Box::new(KvmMapping::of_host_memory(kind, len)?))
+    }
+
+    fn page_flags(&self, frame: u64) -> Result<u64, Errno> {
+        page::flags(frame)
+    }
+
+    fn page_map_count(&self, frame: u64) -> Result<u64, Errno> {
+        page::map_count(frame)
+    }
+
+    fn drain_lru(&self) -> Result<(), Errno> {
+        page::drain_lru()
     }
 }
 
