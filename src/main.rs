@@ -20,6 +20,13 @@ macro_rules! selftests {
 
 selftests! {
     "../selftests/gmem_create.rs" gmem_create,
+    "../selftests/gmem_file.rs" gmem_file,
+    "../selftests/gmem_fd.rs" gmem_fd,
+    "../selftests/fallocate.rs" fallocate,
+    "../selftests/gmem_mmap.rs" gmem_mmap,
+    "../selftests/gmem_madvise.rs" gmem_madvise,
+    "../selftests/gmem_vma.rs" gmem_vma,
+    "../selftests/gmem_pages.rs" gmem_pages,
 }
 
 fn main() -> ExitCode {

@@ -20,6 +20,20 @@ pub enum ChildEnd {
     },
 }
 
+impl ChildEnd {
+    /// What the child returned.
+    ///
+    /// # Errors
+    /// A failure of the test when a signal killed the child.
+    #[track_caller]
+    pub fn returned(self) -> TestResult<Result<u64, Errno>> {
+        match self {
+            ChildEnd::Returned(result) => Ok(result),
+            ChildEnd::Killed { signal } => Err(Stop::fail(format!("the forked child was killed by signal {signal}"))),
+        }
+    }
+}
+
 /// Runs `body` in a forked child of the test, with a copy of its address space and all of its descriptors, and waits
 /// for its end. Nothing of the child is dropped or flushed: it leaves with _exit(2).
 ///
