@@ -27,6 +27,13 @@ selftests! {
     "../selftests/gmem_madvise.rs" gmem_madvise,
     "../selftests/gmem_vma.rs" gmem_vma,
     "../selftests/gmem_pages.rs" gmem_pages,
+    "../selftests/binding.rs" binding,
+    "../selftests/binding_lifetime.rs" binding_lifetime,
+    "../selftests/guest_access.rs" guest_access,
+    "../selftests/guest_exits.rs" guest_exits,
+    "../selftests/memslots.rs" memslots,
+    "../selftests/memslots_running.rs" memslots_running,
+    "../selftests/vm_types.rs" vm_types,
 }
 
 fn main() -> ExitCode {

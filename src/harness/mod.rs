@@ -16,6 +16,7 @@ pub mod descendants;
 pub mod event;
 pub mod exit;
 mod fork;
+mod gmem_vm;
 mod interrupt;
 pub mod journal;
 pub mod judge;
@@ -33,6 +34,7 @@ pub mod wire;
 
 pub use context::{Context, Notes, by_release};
 pub use fork::{ChildEnd, in_child};
+pub use gmem_vm::GmemVm;
 pub use outcome::{Outcome, Record, Summary};
 pub use seed::{Rng, Seed};
 pub use stop::{Failure, Stop, TestResult};

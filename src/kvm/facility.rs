@@ -76,6 +76,7 @@ impl Facilities {
             Facility::RealFiles => Availability::present(),
             Facility::Vm => self.vm(),
             Facility::Guest => self.guest(),
+            Facility::GuestMmu => self.guest_mmu(),
             Facility::PrivateMemory => self.private_memory(),
             Facility::InPlaceConversion => self.in_place_conversion(),
             Facility::GuestMemfd => self.capability(&GUEST_MEMFD),
@@ -147,6 +148,18 @@ impl Facilities {
             return vm;
         }
         Availability::absent(SkipKind::Declined, "no payload in this version", "a version of this program that has one")
+    }
+
+    fn guest_mmu(&self) -> Availability {
+        let guest = self.guest();
+        if !guest.is_present() || !self.emulated_kernel_mode {
+            return guest;
+        }
+        Availability::absent(
+            SkipKind::NoHardware,
+            "kvm_pvm emulates kernel-mode guest code, and its emulator reads memory at userspace_addr",
+            "a host with VMX or SVM",
+        )
     }
 
     fn private_memory(&self) -> Availability {

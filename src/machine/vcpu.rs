@@ -89,6 +89,18 @@ pub enum GuestOp {
     Halt,
 }
 
+impl GuestOp {
+    /// Loads 8 bytes.
+    pub const fn read_u64(gpa: u64) -> GuestOp {
+        GuestOp::Read { gpa, size: 8 }
+    }
+
+    /// Stores 8 bytes.
+    pub const fn write_u64(gpa: u64, value: u64) -> GuestOp {
+        GuestOp::Write { gpa, size: 8, value }
+    }
+}
+
 /// How a guest run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {

@@ -1,0 +1,132 @@
+//! The VM that most tests of guest accesses start with: [`GmemVm`].
+
+use std::sync::Arc;
+
+use super::{Context, TestResult};
+use crate::claim_ok;
+use crate::machine::{
+    Facility, GuestMemfd, HostMemory, Mapping, MemoryAttributes, MemoryRegion, PAGE_SIZE, Protection, Vcpu, Vm,
+    VmConfig,
+};
+use crate::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE};
+
+/// A VM with the payload and one slot that is bound to a guest_memfd.
+///
+/// The fields are the handles, so that a test can close any of them when it wants.
+pub struct GmemVm {
+    /// The VM.
+    pub vm: Arc<dyn Vm>,
+    /// The file, bound from its first byte.
+    pub gmem: Arc<dyn GuestMemfd>,
+    /// What the slot's `userspace_addr` points to: a mapping of the file itself where the file is mappable and shared,
+    /// ordinary memory where the guest's memory is private.
+    pub shared: Box<dyn Mapping>,
+    /// Bytes in the file and in the slot.
+    pub len: u64,
+}
+
+impl GmemVm {
+    /// The guest-physical address of the slot: 4 GiB.
+    pub const GPA: u64 = 1 << 32;
+    /// The id of the slot.
+    pub const SLOT: u32 = 1;
+
+    /// A VM whose guest reaches the file, by the way that its type has: [`GmemVm::private`] where the type has private
+    /// memory, [`GmemVm::mappable`] otherwise.
+    ///
+    /// # Errors
+    /// The failure of any call, or a skip when the machine has neither way.
+    pub fn new(cx: &Context, pages: u64) -> TestResult<GmemVm> {
+        if cx.has(Facility::PrivateMemory) { GmemVm::private(cx, pages) } else { GmemVm::mappable(cx, pages) }
+    }
+
+    /// A file with GUEST_MEMFD_FLAG_MMAP and GUEST_MEMFD_FLAG_INIT_SHARED: every guest access to the slot uses it, and
+    /// the host maps it.
+    ///
+    /// # Errors
+    /// The failure of any call, or a skip when the machine has no such file.
+    pub fn mappable(cx: &Context, pages: u64) -> TestResult<GmemVm> {
+        cx.require(Facility::GmemMmap)?;
+        cx.require(Facility::GmemInitShared)?;
+        let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 2 }));
+        let len = pages * PAGE_SIZE;
+        let gmem = claim_ok!(vm.create_guest_memfd(len, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED));
+        let shared = claim_ok!(gmem.map(len, 0, Protection::SHARED_RW));
+        GmemVm { vm, gmem, shared, len }.with_slot()
+    }
+
+    /// A file without flags beside ordinary memory; the whole slot is private, so that every guest access uses the file.
+    ///
+    /// # Errors
+    /// The failure of any call, or a skip when the machine has no private memory.
+    pub fn private(cx: &Context, pages: u64) -> TestResult<GmemVm> {
+        let vm = GmemVm::convertible(cx, pages)?;
+        vm.set_attributes(0, vm.len, KVM_MEMORY_ATTRIBUTE_PRIVATE)?;
+        Ok(vm)
+    }
+
+    /// A file without flags beside ordinary memory; the whole slot is shared until the test makes parts of it private.
+    ///
+    /// # Errors
+    /// The failure of any call, or a skip when the machine has no private memory.
+    pub fn convertible(cx: &Context, pages: u64) -> TestResult<GmemVm> {
+        cx.require(Facility::PrivateMemory)?;
+        cx.require(Facility::MemoryAttributes)?;
+        let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 2 }));
+        let len = pages * PAGE_SIZE;
+        let gmem = claim_ok!(vm.create_guest_memfd(len, 0));
+        let shared = claim_ok!(cx.machine().host_memory(HostMemory::Shmem, len));
+        GmemVm { vm, gmem, shared, len }.with_slot()
+    }
+
+    fn with_slot(self) -> TestResult<GmemVm> {
+        self.create_slot()?;
+        Ok(self)
+    }
+
+    /// The region of the slot.
+    pub fn region(&self) -> MemoryRegion<'_> {
+        MemoryRegion::new(GmemVm::SLOT, GmemVm::GPA, self.len).at(self.shared.addr()).bound_to(&*self.gmem, 0)
+    }
+
+    /// Makes the slot; it exists already after the constructors.
+    ///
+    /// # Errors
+    /// The failure of the call.
+    pub fn create_slot(&self) -> TestResult {
+        claim_ok!(self.vm.set_memory_region(&self.region()));
+        Ok(())
+    }
+
+    /// Deletes the slot.
+    ///
+    /// # Errors
+    /// The failure of the call.
+    pub fn delete_slot(&self) -> TestResult {
+        claim_ok!(self.vm.set_memory_region(&MemoryRegion::deletion(GmemVm::SLOT)));
+        Ok(())
+    }
+
+    /// Sets the attributes of `len` bytes from byte `offset` of the slot.
+    ///
+    /// # Errors
+    /// The failure of the call.
+    pub fn set_attributes(&self, offset: u64, len: u64, attributes: u64) -> TestResult {
+        let range = MemoryAttributes { address: GmemVm::GPA + offset, size: len, attributes, flags: 0 };
+        claim_ok!(self.vm.set_memory_attributes(&range), "attributes {attributes:#x} for {range:x?}");
+        Ok(())
+    }
+
+    /// The guest-physical address of byte `offset` of the slot.
+    pub fn gpa(&self, offset: u64) -> u64 {
+        GmemVm::GPA + offset
+    }
+
+    /// A vCPU that is ready to execute guest operations.
+    ///
+    /// # Errors
+    /// The failure of the call.
+    pub fn vcpu(&self, id: u32) -> TestResult<Box<dyn Vcpu>> {
+        Ok(claim_ok!(self.vm.create_vcpu(id)))
+    }
+}
