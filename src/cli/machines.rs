@@ -3,7 +3,8 @@
 use crate::harness::Stop;
 use crate::harness::child::Opener;
 use crate::kvm::KvmMachine;
-use crate::machine::{Facility, Family, Machine, MachineSpec, SkipKind, VmType};
+use crate::machine::{Facility, Family, Machine, MachineSpec, SkipKind, SpecError, VmType};
+use crate::sim::{Profile, SimMachine};
 
 /// Where machines come from.
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +35,10 @@ pub fn open(spec: &MachineSpec) -> Result<Box<dyn Machine>, Stop> {
                 None => Ok(Box::new(machine)),
             }
         }
-        Family::Sim => Err(Stop::skip(SkipKind::Declined, "the model is not a machine of this program yet")),
+        Family::Sim => match SimMachine::open(spec) {
+            Ok(machine) => Ok(Box::new(machine)),
+            Err(error) => Err(Stop::skip(SkipKind::Declined, error.to_string())),
+        },
     }
 }
 
@@ -49,6 +53,15 @@ pub fn auto() -> Vec<MachineSpec> {
     offered
 }
 
+/// The spec that `text` is, with the options that its machine knows.
+fn readable(text: &str) -> Result<MachineSpec, SpecError> {
+    let spec: MachineSpec = text.parse()?;
+    if spec.family == Family::Sim {
+        Profile::from_spec(&spec)?;
+    }
+    Ok(spec)
+}
+
 impl Machines {
     /// The machines that `specs` name, `auto` when there is none; each once.
     ///
@@ -58,11 +71,8 @@ impl Machines {
         let mut named: Vec<MachineSpec> = Vec::new();
         let auto = ["auto".to_owned()];
         for text in if specs.is_empty() { &auto } else { specs } {
-            let these = if text == "auto" {
-                (self.auto)()
-            } else {
-                vec![text.parse().map_err(|error: crate::machine::SpecError| error.to_string())?]
-            };
+            let these =
+                if text == "auto" { (self.auto)() } else { vec![readable(text).map_err(|error| error.to_string())?] };
             for spec in these {
                 if !named.contains(&spec) {
                     named.push(spec);

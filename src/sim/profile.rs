@@ -3,12 +3,10 @@
 use super::mutant::Mutant;
 use super::policy::PolicyKind;
 use crate::machine::{Errno, MachineSpec, Release, SpecError, VmType};
-use kvm_bindings::KVM_MEM_GUEST_MEMFD;
+use crate::uapi::kvm::{
+    GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE,
+};
 
-/// GUEST_MEMFD_FLAG_MMAP of KVM_CREATE_GUEST_MEMFD.
-pub const GMEM_FLAG_MMAP: u64 = 1 << 0;
-/// GUEST_MEMFD_FLAG_INIT_SHARED of KVM_CREATE_GUEST_MEMFD.
-pub const GMEM_FLAG_INIT_SHARED: u64 = 1 << 1;
 /// GUEST_MEMFD_FLAG_HUGETLB as posted with the 1G guest_memfd series; only the `huge` profile knows it.
 pub const GMEM_FLAG_HUGETLB: u64 = 1 << 2;
 /// Where the page size of a huge guest_memfd is encoded in the creation flags, as with MAP_HUGE_SHIFT.
@@ -70,9 +68,9 @@ impl Kernel {
         let private = vm_type.is_some_and(VmType::has_private_memory);
         match self {
             Kernel::V6_12 | Kernel::V6_16 => 0,
-            Kernel::V6_18 | Kernel::V7_3 if private => GMEM_FLAG_MMAP,
-            Kernel::V6_18 | Kernel::V7_3 | Kernel::InPlace => GMEM_FLAG_MMAP | GMEM_FLAG_INIT_SHARED,
-            Kernel::Huge => GMEM_FLAG_MMAP | GMEM_FLAG_INIT_SHARED | GMEM_FLAG_HUGETLB,
+            Kernel::V6_18 | Kernel::V7_3 if private => GUEST_MEMFD_FLAG_MMAP,
+            Kernel::V6_18 | Kernel::V7_3 | Kernel::InPlace => GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+            Kernel::Huge => GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED | GMEM_FLAG_HUGETLB,
         }
     }
 
@@ -105,7 +103,7 @@ impl Kernel {
 
     /// Attributes that KVM_SET_MEMORY_ATTRIBUTES supports for a VM with private memory.
     pub fn vm_attributes(self) -> u64 {
-        if self.converts_in_place() { 0 } else { u64::from(kvm_bindings::KVM_MEMORY_ATTRIBUTE_PRIVATE) }
+        if self.converts_in_place() { 0 } else { KVM_MEMORY_ATTRIBUTE_PRIVATE }
     }
 
     /// `f_type` of fstatfs(2): guest_memfd got a pseudo file system of its own in 6.19.

@@ -5,9 +5,9 @@ use super::super::host::mm::{PoisonEntries, TASK_SIZE};
 use super::super::host::{Backing, Vma};
 use super::super::mmu::{SlotKey, VmId, ZapFilter};
 use super::super::mutant::Mutant;
-use super::super::profile::GMEM_FLAG_MMAP;
 use super::{Inode, InodeId};
 use crate::machine::{Errno, PAGE_SIZE, Protection};
+use crate::uapi::kvm::GUEST_MEMFD_FLAG_MMAP;
 use std::collections::BTreeMap;
 
 /// Identifies an open file in the model.
@@ -153,7 +153,7 @@ impl World {
     /// ENODEV, EINVAL (MAP_PRIVATE).
     pub fn gmem_mmap(&mut self, file: FileId, len: u64, offset: u64, protection: Protection) -> Result<u64, Errno> {
         let node = self.gmem.inode_of(file).ok_or(Errno::EBADF)?;
-        let can_map = node.flags & GMEM_FLAG_MMAP != 0 || self.mutant(Mutant::MmapIgnoresFlag);
+        let can_map = node.flags & GUEST_MEMFD_FLAG_MMAP != 0 || self.mutant(Mutant::MmapIgnoresFlag);
         if !offset.is_multiple_of(PAGE_SIZE) || len == 0 {
             return Err(Errno::EINVAL);
         }

@@ -3,8 +3,8 @@
 use super::super::World;
 use super::super::host::{Cpu, Flags, Holder, Order, Pfn};
 use super::super::mutant::Mutant;
-use super::super::profile::GMEM_FLAG_INIT_SHARED;
 use crate::machine::{Errno, PAGE_SIZE};
+use crate::uapi::kvm::GUEST_MEMFD_FLAG_INIT_SHARED;
 use std::collections::BTreeMap;
 
 /// Identifies an inode in the model.
@@ -28,7 +28,7 @@ pub struct Inode {
 impl Inode {
     /// Whether the whole file is shared: GUEST_MEMFD_FLAG_INIT_SHARED.
     pub fn is_init_shared(&self) -> bool {
-        self.flags & GMEM_FLAG_INIT_SHARED != 0
+        self.flags & GUEST_MEMFD_FLAG_INIT_SHARED != 0
     }
 
     /// Size in pages.

@@ -6,14 +6,12 @@ use super::super::mmu::VmId;
 use super::super::mmu::capabilities::EXIT_MAP_GPA_RANGE;
 use super::super::mmu::fault::{Fault, Origin, Request};
 use super::super::mutant::Mutant;
-use super::vcpu::{Control, ERROR_EMULATION};
+use super::vcpu::Control;
 use crate::machine::{Errno, Exit, GuestOp, PAGE_SIZE, Reply};
+use crate::uapi::kvm::{KVM_EXIT_MEMORY_FAULT, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION};
+use crate::uapi::kvm_para::KVM_HC_MAP_GPA_RANGE;
 use std::sync::atomic::Ordering;
 
-/// KVM_EXIT_MEMORY_FAULT.
-const EXIT_MEMORY_FAULT: u32 = 39;
-/// KVM_HC_MAP_GPA_RANGE.
-const MAP_GPA_RANGE: u64 = 12;
 /// What the guest finds in RAX when a hypercall is not there: -KVM_ENOSYS.
 const KVM_ENOSYS: u64 = -1000_i64 as u64;
 /// -KVM_EINVAL.
@@ -236,7 +234,7 @@ impl Operation {
             return Ok(Some(KVM_EINVAL));
         }
         self.wait = Wait::Hypercall;
-        Err(Exit::Hypercall { nr: MAP_GPA_RANGE, args: [gpa, pages, attributes, 0, 0, 0], flags: 1 })
+        Err(Exit::Hypercall { nr: u64::from(KVM_HC_MAP_GPA_RANGE), args: [gpa, pages, attributes, 0, 0, 0], flags: 1 })
     }
 }
 
@@ -258,14 +256,14 @@ impl Guest<'_> {
     /// The exit that a fault at a guest-physical address ends in.
     fn exit(&self, gpa: u64, fault: Fault) -> Exit {
         match fault {
-            Fault::Mmio => Exit::InternalError { suberror: ERROR_EMULATION, data: Vec::new() },
+            Fault::Mmio => Exit::InternalError { suberror: KVM_INTERNAL_ERROR_EMULATION, data: Vec::new() },
             Fault::Memory { errno: errno @ (Errno::EFAULT | Errno::EHWPOISON), private } => {
                 let private = private && !self.world.mutant(Mutant::ExitLosesPrivateFlag);
                 let gpa = if self.world.mutant(Mutant::ExitReportsByte) { gpa } else { gpa & !(PAGE_SIZE - 1) };
                 Exit::MemoryFault { errno, flags: if private { 8 } else { 0 }, gpa, size: PAGE_SIZE }
             }
-            Fault::Memory { errno, .. } => Exit::Failed { errno, reason: EXIT_MEMORY_FAULT },
-            Fault::Failed(errno) => Exit::Failed { errno, reason: 0 },
+            Fault::Memory { errno, .. } => Exit::Failed { errno, reason: KVM_EXIT_MEMORY_FAULT },
+            Fault::Failed(errno) => Exit::Failed { errno, reason: KVM_EXIT_UNKNOWN },
         }
     }
 

@@ -1,9 +1,10 @@
 //! What the model has.
 
 use super::super::mmu::capabilities::capability;
-use super::super::profile::{GMEM_FLAG_INIT_SHARED, GMEM_FLAG_MMAP, Kernel, Profile};
+use super::super::profile::{Kernel, Profile};
 use crate::machine::{Availability, Facility, SkipKind, VmType};
-use kvm_bindings::KVM_CAP_GUEST_MEMFD;
+use crate::uapi::kvm::KVM_CAP_GUEST_MEMFD;
+use crate::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 
 /// Whether a machine with this profile and VM type has a facility.
 pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Availability {
@@ -17,11 +18,14 @@ pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Avai
         Facility::GuestMemfd => {
             when(capability(kernel, Some(vm_type), KVM_CAP_GUEST_MEMFD) > 0, "kernel=6.18, or sim:sw-protected")
         }
-        Facility::GmemMmap => when(kernel.gmem_flags(Some(vm_type)) & GMEM_FLAG_MMAP != 0, "kernel=6.18"),
-        Facility::GmemInitShared if kernel >= Kernel::V6_18 && vm_type.has_private_memory() => {
-            when(kernel.gmem_flags(Some(vm_type)) & GMEM_FLAG_INIT_SHARED != 0, "sim:default, or kernel=in-place")
+        Facility::GmemMmap => when(kernel.gmem_flags(Some(vm_type)) & GUEST_MEMFD_FLAG_MMAP != 0, "kernel=6.18"),
+        Facility::GmemInitShared if kernel >= Kernel::V6_18 && vm_type.has_private_memory() => when(
+            kernel.gmem_flags(Some(vm_type)) & GUEST_MEMFD_FLAG_INIT_SHARED != 0,
+            "sim:default, or kernel=in-place",
+        ),
+        Facility::GmemInitShared => {
+            when(kernel.gmem_flags(Some(vm_type)) & GUEST_MEMFD_FLAG_INIT_SHARED != 0, "kernel=6.18")
         }
-        Facility::GmemInitShared => when(kernel.gmem_flags(Some(vm_type)) & GMEM_FLAG_INIT_SHARED != 0, "kernel=6.18"),
         Facility::MemoryAttributes if !vm_type.has_private_memory() => not_private(),
         Facility::MemoryAttributes => when(kernel.vm_attributes() != 0, "kernel=7.3 or older"),
         Facility::PrivateMemory if !vm_type.has_private_memory() => not_private(),

@@ -171,7 +171,7 @@ impl Mapping for SimMapping {
     fn frame(&self, at: u64) -> Result<u64, Errno> {
         self.shared.with(|world| {
             let addr = self.addr + at;
-            let pte = world.host.mm.pte(addr).filter(|pte| !pte.poisoned).ok_or(Errno::ENOENT)?;
+            let pte = world.host.mm.pte(addr).filter(|pte| !pte.poisoned).ok_or(Errno::ENODATA)?;
             Ok(pte.pfn + addr / PAGE_SIZE % pte.order.pages())
         })
     }

@@ -4,14 +4,13 @@ use super::super::mmu::VmId;
 use super::Shared;
 use super::exec::{Operation, Step};
 use crate::machine::{Errno, Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
+use crate::uapi::kvm::KVM_INTERNAL_ERROR_EMULATION;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// KVM_EXIT_INTR.
 const EXIT_INTR: u32 = 10;
-/// KVM_INTERNAL_ERROR_EMULATION.
-pub(super) const ERROR_EMULATION: u32 = 1;
 
 /// What other threads may do to a running vCPU.
 #[derive(Debug, Default)]
@@ -63,7 +62,7 @@ impl SimVcpu {
                 return Exit::Failed { errno: Errno::EINTR, reason: EXIT_INTR };
             }
             let Some(operation) = &mut self.operation else {
-                return Exit::InternalError { suberror: ERROR_EMULATION, data: Vec::new() };
+                return Exit::InternalError { suberror: KVM_INTERNAL_ERROR_EMULATION, data: Vec::new() };
             };
             let (vm, id, control) = (self.vm, self.id, &self.control);
             let step = self.shared.with(|world| {

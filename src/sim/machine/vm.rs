@@ -1,6 +1,7 @@
 //! The VM handle.
 
 use super::super::host::Order;
+use super::super::mmu::slots::USER_SLOTS;
 use super::super::mmu::{Region, RegionTarget, VmId};
 use super::Shared;
 use super::gmem::SimGmem;
@@ -9,8 +10,9 @@ use crate::machine::{Errno, GuestMemfd, MemoryAttributes, MemoryRegion, RegionFi
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-/// The lowest slot id that the payload of a real machine occupies; the model keeps clear of the same ids.
-const FIRST_RESERVED_SLOT: u32 = 32_000;
+/// Slot ids at the end of the range that a VM with the payload keeps for it; the model's payload needs no memory, but a
+/// test that runs here must also run where it does.
+const PAYLOAD_SLOTS: u32 = 8;
 
 /// A VM file descriptor.
 #[derive(Debug)]
@@ -105,7 +107,8 @@ impl Vm for SimVm {
     }
 
     fn first_reserved_slot(&self) -> u32 {
-        FIRST_RESERVED_SLOT
+        let payload = self.shared.with(|world| world.vm(self.id).is_some_and(|vm| vm.payload_vcpus.is_some()));
+        u32::from(USER_SLOTS) - if payload { PAYLOAD_SLOTS } else { 0 }
     }
 
     fn raw_fd(&self) -> Option<RawFd> {

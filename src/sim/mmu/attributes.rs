@@ -4,9 +4,7 @@ use super::super::World;
 use super::super::mutant::Mutant;
 use super::{VmId, ZapFilter};
 use crate::machine::{Errno, MemoryAttributes, PAGE_SIZE};
-
-/// KVM_MEMORY_ATTRIBUTE_PRIVATE.
-pub const PRIVATE: u64 = 1 << 3;
+use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
 impl World {
     /// KVM_SET_MEMORY_ATTRIBUTES.
@@ -53,7 +51,8 @@ impl World {
 
     /// Going private unmaps shared mappings, going shared private ones, in every slot of the range.
     fn zap_for_attributes(&mut self, vm: VmId, first: u64, last: u64, attributes: u64) {
-        let filter = if attributes & PRIVATE != 0 { ZapFilter::Shared } else { ZapFilter::Private };
+        let filter =
+            if attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0 { ZapFilter::Shared } else { ZapFilter::Private };
         for space in 0..self.vms[&vm].address_spaces() as u16 {
             for (_, from, to) in self.vms[&vm].slots.overlaps(space, first, last) {
                 self.zap_gfns(vm, from, to, filter);

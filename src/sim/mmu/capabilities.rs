@@ -5,19 +5,14 @@ use super::super::profile::Kernel;
 use super::VmId;
 use super::slots::USER_SLOTS;
 use crate::machine::{Errno, VmType};
-use kvm_bindings::{
-    KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD, KVM_CAP_MAX_VCPUS, KVM_CAP_MEMORY_ATTRIBUTES,
-    KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS, KVM_CAP_NR_VCPUS,
-    KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_READONLY_MEM, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_USER_MEMORY, KVM_CAP_USER_MEMORY2,
-    KVM_CAP_VM_TYPES,
+use crate::uapi::kvm::{
+    KVM_CAP_BINARY_STATS_FD, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD,
+    KVM_CAP_GUEST_MEMFD_FLAGS, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES_RFC_V5, KVM_CAP_MAX_VCPUS,
+    KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_MULTI_ADDRESS_SPACE, KVM_CAP_NR_MEMSLOTS,
+    KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_READONLY_MEM, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_USER_MEMORY2, KVM_CAP_VM_TYPES,
 };
+use kvm_bindings::{KVM_CAP_NR_VCPUS, KVM_CAP_USER_MEMORY};
 
-/// KVM_CAP_GUEST_MEMFD_FLAGS, 6.18.
-pub const KVM_CAP_GUEST_MEMFD_FLAGS: u32 = 244;
-/// KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES as posted with in-place conversion.
-pub const KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: u32 = 249;
-/// KVM_CAP_BINARY_STATS_FD.
-const KVM_CAP_BINARY_STATS_FD: u32 = 203;
 /// Bit of KVM_HC_MAP_GPA_RANGE in KVM_CAP_EXIT_HYPERCALL.
 pub const EXIT_MAP_GPA_RANGE: u64 = 1 << 12;
 
@@ -43,7 +38,11 @@ pub fn capability(kernel: Kernel, vm_type: Option<VmType>, number: u32) -> i32 {
         KVM_CAP_MEMORY_ATTRIBUTES if vm_type.is_none() || private => kernel.vm_attributes() as i32,
         KVM_CAP_GUEST_MEMFD => i32::from(kernel >= Kernel::V6_18 || vm_type.is_none() || private),
         KVM_CAP_GUEST_MEMFD_FLAGS if kernel.has_gmem_flags_capability() => kernel.gmem_flags(vm_type) as i32,
-        KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES if kernel.converts_in_place() && (vm_type.is_none() || private) => 8,
+        KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES_RFC_V5
+            if kernel.converts_in_place() && (vm_type.is_none() || private) =>
+        {
+            8
+        }
         _ => 0,
     }
 }

@@ -4,10 +4,9 @@ use super::super::World;
 use super::super::gmem::fault::Access;
 use super::super::host::{Cpu, Flags, Order};
 use super::super::mutant::Mutant;
-use super::attributes::PRIVATE;
 use super::{Slot, Spte, VmId};
 use crate::machine::{Errno, PAGE_SIZE, VmType};
-use kvm_bindings::KVM_MEM_READONLY;
+use crate::uapi::kvm::{KVM_MEM_READONLY, KVM_MEMORY_ATTRIBUTE_PRIVATE};
 
 /// Why a fault did not end in a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +49,7 @@ pub struct Request {
 impl World {
     /// Whether a gfn is private by its attribute.
     pub fn gfn_is_private(&self, vm: VmId, gfn: u64) -> bool {
-        self.vms.get(&vm).is_some_and(|vm| vm.attributes.get(gfn) & PRIVATE != 0)
+        self.vms.get(&vm).is_some_and(|vm| vm.attributes.get(gfn) & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0)
     }
 
     /// Handles a fault: installs a mapping and returns it with its first gfn.

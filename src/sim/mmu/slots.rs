@@ -4,10 +4,10 @@ use super::super::World;
 use super::super::gmem::{Binding, FileId};
 use super::super::host::mm::TASK_SIZE;
 use super::super::mutant::Mutant;
-use super::super::profile::GMEM_FLAG_MMAP;
 use super::{MAX_GFN, VmId, ZapFilter};
 use crate::machine::{Errno, PAGE_SIZE, VmType};
-use kvm_bindings::{KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
+use crate::uapi::kvm::GUEST_MEMFD_FLAG_MMAP;
+use crate::uapi::kvm::{KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use std::collections::BTreeMap;
 
 /// KVM_USER_MEM_SLOTS on x86: SHRT_MAX without the three internal slots.
@@ -235,7 +235,8 @@ impl World {
             slot.file = Some(file);
             let node = self.gmem.inode_of(file).expect("an open file has an inode");
             let in_place = self.profile.kernel.converts_in_place();
-            slot.gmem_only = (node.flags & GMEM_FLAG_MMAP != 0 || in_place) && !self.mutant(Mutant::GmemOnlyIgnored);
+            slot.gmem_only =
+                (node.flags & GUEST_MEMFD_FLAG_MMAP != 0 || in_place) && !self.mutant(Mutant::GmemOnlyIgnored);
         }
         if let Some(old) = old {
             self.zap_slot(vm, &old);
@@ -348,7 +349,7 @@ impl World {
     /// Unmaps a slot that goes or moves: only its gfns, or everything on a default VM with KVM_X86_QUIRK_SLOT_ZAP_ALL.
     fn zap_slot(&mut self, vm: VmId, slot: &Slot) {
         let Some(state) = self.vms.get_mut(&vm) else { return };
-        let quirk = state.disabled_quirks & u64::from(kvm_bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL) == 0;
+        let quirk = state.disabled_quirks & crate::uapi::kvm_x86::KVM_X86_QUIRK_SLOT_ZAP_ALL == 0;
         if state.vm_type == VmType::Default && quirk {
             state.invalidate_seq += 1;
             state.direct.clear();
