@@ -234,7 +234,7 @@ impl Operation {
             return Ok(Some(KVM_EINVAL));
         }
         self.wait = Wait::Hypercall;
-        Err(Exit::Hypercall { nr: u64::from(KVM_HC_MAP_GPA_RANGE), args: [gpa, pages, attributes, 0, 0, 0], flags: 1 })
+        Err(Exit::Hypercall { nr: KVM_HC_MAP_GPA_RANGE, args: [gpa, pages, attributes, 0, 0, 0], flags: 1 })
     }
 }
 
