@@ -9,6 +9,7 @@ pub mod machines;
 mod probe;
 mod run;
 mod values;
+mod vm;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::harness::child::run_claim;
 use crate::harness::exit::ExitStyle;
 use crate::harness::{Suite, wire};
+use crate::rig;
 use failure::Failure;
 use machines::Machines;
 
@@ -37,6 +39,8 @@ enum Command {
     List(list::ListArguments),
     /// Say what this kernel and this host offer, and what each missing piece would need.
     Probe(probe::ProbeArguments),
+    /// Boot a kernel under QEMU and run a command in it.
+    Vm(vm::VmArguments),
     /// Print a completion script for a shell.
     #[command(hide = true)]
     Completions(generate::CompletionsArguments),
@@ -58,6 +62,9 @@ struct Selftest {
 
 /// The `gmemtest` command: every subcommand, over `suites`.
 pub fn main(suites: &[&'static Suite]) -> ExitCode {
+    if rig::init::is_init() {
+        rig::init::main();
+    }
     let machines = &machines::EVERY;
     with_arguments(suites, machines, |arguments| {
         let parsed: Gmemtest = parse(&arguments)?;
@@ -65,6 +72,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::Run(options) => run::run(&options, suites, machines, &["gmemtest".to_owned(), "run".to_owned()]),
             Command::List(options) => list::list(&options, suites, machines),
             Command::Probe(options) => probe::probe(&options, machines),
+            Command::Vm(options) => vm::vm(&options, suites, machines),
             Command::Completions(options) => generate::completions(&options, Gmemtest::command()),
             Command::Man => generate::man(Gmemtest::command()),
         }

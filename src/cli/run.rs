@@ -23,6 +23,7 @@ use crate::harness::{Seed, Stop, Suite};
 use crate::machine::{MachineSpec, SkipKind};
 use crate::observe::Environment;
 use crate::report::{Ktap, Pretty, Screen};
+use crate::rig::{EventWriter, Rest};
 
 /// The flags of `run`, which are those of every selftest binary too.
 #[derive(Debug, Args)]
@@ -86,6 +87,9 @@ enum Format {
     Pretty,
     /// KTAP version 1.
     Ktap,
+    /// Events as lines of JSON, from the rig's guest to its host.
+    #[value(hide = true)]
+    Events,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -130,11 +134,7 @@ pub(super) fn run(
     };
     let mut reporters = arguments.reporters()?;
     let ended = runner::run(&info, &plan, &mut options, &mut reporters)?;
-    let style = match arguments.exit_style {
-        StyleName::Kselftest => ExitStyle::Kselftest,
-        StyleName::Bisect => ExitStyle::Bisect,
-    };
-    Ok(ExitCode::from(style.code(&ended.summary, ended.stopped.as_ref())))
+    Ok(ExitCode::from(arguments.style().code(&ended.summary, ended.stopped.as_ref())))
 }
 
 pub(super) fn patterns(texts: &[String]) -> Vec<Pattern> {
@@ -151,6 +151,45 @@ fn absent(plan: &Plan, machines: &Machines) -> Vec<(MachineSpec, Skipped)> {
 }
 
 impl RunArguments {
+    /// Which convention the exit code follows.
+    pub(super) fn style(&self) -> ExitStyle {
+        match self.exit_style {
+            StyleName::Kselftest => ExitStyle::Kselftest,
+            StyleName::Bisect => ExitStyle::Bisect,
+        }
+    }
+
+    /// The `run` that a guest is given: these tests on these machines, with its events on standard output. What the host
+    /// does with the results is left out.
+    ///
+    /// # Errors
+    /// One line that names what a guest cannot do, or that is wrong in itself.
+    pub(super) fn for_guest(&self) -> Result<GuestRun, Failure> {
+        if self.journal.is_some() {
+            return Err("--journal: the guest has no disk that outlives it; results come to the host as they happen, use --output".to_owned().into());
+        }
+        self.strict_kinds()?;
+        let seed = self.seed.map_or_else(Seed::fresh, Ok).map_err(|error| format!("cannot make a seed: {error}"))?;
+        let mut words: Vec<String> = vec!["run".into(), "--format=events".into(), format!("--seed={seed}")];
+        words.push(format!("--jobs={}", self.jobs));
+        words.push(format!("--timeout={}s", self.timeout.as_secs_f64()));
+        words.extend(self.repeat.map(|count| format!("--repeat={count}")));
+        words.extend(self.duration.map(|time| format!("--duration={}s", time.as_secs_f64())));
+        words.extend(self.until_fail.then(|| "--until-fail".to_owned()));
+        words.extend(self.shuffle.map(|order| format!("--shuffle={}", order.unwrap_or(seed))));
+        words.extend(self.strict.as_ref().map(|kinds| match kinds {
+            Some(kinds) => format!("--strict={kinds}"),
+            None => "--strict".to_owned(),
+        }));
+        Ok(GuestRun {
+            repeats: self.repeat.is_some_and(|count| count > 1) || self.duration.is_some() || self.until_fail,
+            flags: words,
+            machines: self.machine.clone(),
+            patterns: self.patterns.clone(),
+            exclude: self.exclude.clone(),
+        })
+    }
+
     fn rounds(&self) -> Rounds {
         match (self.repeat, self.duration) {
             (Some(count), _) => Rounds::Count(count),
@@ -192,7 +231,8 @@ impl RunArguments {
         }
     }
 
-    fn reporters(&self) -> Result<Reporters, Failure> {
+    /// Where the results go.
+    pub(super) fn reporters(&self) -> Result<Reporters, Failure> {
         let mut reporters: Vec<Box<dyn Listener>> = Vec::new();
         let text = || Box::new(Pretty::new(anstream::AutoStream::auto(io::stdout()), Screen::new()));
         match &self.output {
@@ -220,12 +260,40 @@ impl Format {
                 Box::new(Pretty::new(anstream::StripStream::new(Box::new(out) as Box<dyn Write>), Screen::new()))
             }
             Format::Ktap => Box::new(Ktap::new(out)),
+            Format::Events => Box::new(EventWriter::new(out)),
         }
     }
 }
 
+/// A `run` for a guest.
+#[derive(Debug)]
+pub(super) struct GuestRun {
+    /// Whether there is more than one round, or may be.
+    pub(super) repeats: bool,
+    flags: Vec<String>,
+    machines: Vec<String>,
+    patterns: Vec<String>,
+    exclude: Vec<String>,
+}
+
+impl GuestRun {
+    /// The words of the whole run, or of what is left of it: claims by their full names, on these machines.
+    pub(super) fn words(&self, rest: Option<Rest>) -> Vec<String> {
+        let (machines, claims, exclude) = match rest {
+            None => (self.machines.clone(), self.patterns.clone(), self.exclude.clone()),
+            Some(Rest { machines, claims }) => (machines.iter().map(ToString::to_string).collect(), claims, Vec::new()),
+        };
+        let mut words = self.flags.clone();
+        words.extend(machines.iter().map(|machine| format!("--machine={machine}")));
+        words.extend(exclude.iter().map(|pattern| format!("--exclude={pattern}")));
+        words.push("--".to_owned());
+        words.extend(claims);
+        words
+    }
+}
+
 /// Every reporter hears every event, even when an earlier one could not write it.
-struct Reporters(Vec<Box<dyn Listener>>);
+pub(super) struct Reporters(Vec<Box<dyn Listener>>);
 
 impl Listener for Reporters {
     fn hear(&mut self, event: &Event<'_>) -> io::Result<()> {

@@ -17,6 +17,16 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A size in bytes: a number, or a number with `K`, `M`, `G` or `T`.
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    let units = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+    let unit =
+        units.iter().find_map(|&(unit, shift)| Some((text.strip_suffix([unit, unit.to_ascii_lowercase()])?, shift)));
+    let (number, shift) = unit.unwrap_or((text, 0));
+    let size = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    size.filter(|&size| size > 0).ok_or_else(|| "expected a size above zero such as 1073741824, 512M or 2G".to_owned())
+}
+
 /// A kind of skip by its word.
 pub(super) fn skip_kind(text: &str) -> Result<SkipKind, String> {
     let words: Vec<&str> = SkipKind::ALL.iter().map(|kind| kind.word()).collect();
@@ -29,6 +39,16 @@ pub(super) fn skip_kind(text: &str) -> Result<SkipKind, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("2G"), Ok(2 << 30));
+        assert_eq!(size("512m"), Ok(512 << 20));
+        for bad in ["", "G", "0", "-1M", "1.5G", "99999999999T", "2GB"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn durations_have_units() {

@@ -3,6 +3,8 @@
 use std::io;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::exit::Stopped;
 use super::outcome::{Record, Summary};
 use super::plan::{Claim, Plan};
@@ -11,7 +13,7 @@ use crate::machine::MachineSpec;
 use crate::observe::Environment;
 
 /// What is known of a run before it starts.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RunInfo {
     /// The command line.
     pub arguments: Vec<String>,

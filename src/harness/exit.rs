@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Outcome, Summary};
 
 /// Every claim that was judged passed, or failed as the known-issues table says.
@@ -44,7 +46,8 @@ impl FromStr for ExitStyle {
 }
 
 /// Why a run ended before everything planned was run.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Stopped {
     /// SIGINT, SIGTERM or SIGHUP: its number.
     Signal(i32),
@@ -52,6 +55,8 @@ pub enum Stopped {
     FirstFailure,
     /// A process survives SIGKILL, so that the kernel is stuck.
     Unkillable,
+    /// The machine that the tests ran on was lost: a boot of the rig ended before the run did, and why.
+    MachineLost(String),
     /// The results, or the journal, cannot be written any more: the reason.
     CannotWrite(String),
 }
@@ -65,6 +70,7 @@ impl fmt::Display for Stopped {
             }
             Stopped::FirstFailure => f.write_str("stopped at the first failure"),
             Stopped::Unkillable => f.write_str("stopped because a process survives SIGKILL: the kernel is stuck"),
+            Stopped::MachineLost(why) => write!(f, "stopped because the machine was lost: {why}"),
             Stopped::CannotWrite(why) => write!(f, "stopped because results cannot be written: {why}"),
         }
     }
@@ -80,10 +86,12 @@ impl ExitStyle {
             (Some(Stopped::Signal(number)), _) => return 128u8.saturating_add(u8::try_from(*number).unwrap_or(127)),
             (Some(Stopped::CannotWrite(_)), ExitStyle::Kselftest) => return USAGE,
             (Some(Stopped::CannotWrite(_)), ExitStyle::Bisect) => return STOP_BISECTION,
-            (Some(Stopped::FirstFailure | Stopped::Unkillable) | None, _) => {}
+            (Some(Stopped::FirstFailure | Stopped::Unkillable | Stopped::MachineLost(_)) | None, _) => {}
         }
         match self {
             ExitStyle::Kselftest if summary.failures() > 0 => FAILED,
+            // A run that lost its machine is not good, whatever had passed until then.
+            ExitStyle::Kselftest if matches!(stopped, Some(Stopped::MachineLost(_))) => FAILED,
             ExitStyle::Kselftest if summary.run() == summary.skip => SKIPPED,
             ExitStyle::Kselftest => GOOD,
             ExitStyle::Bisect => {
@@ -92,7 +100,10 @@ impl ExitStyle {
                 let bad = [Outcome::Fail, Outcome::Crash, Outcome::Tainted].iter().any(|&bad| summary.of(bad) > 0);
                 if bad {
                     FAILED
-                } else if summary.failures() > 0 || summary.run() == summary.skip {
+                } else if summary.failures() > 0
+                    || summary.run() == summary.skip
+                    || matches!(stopped, Some(Stopped::MachineLost(_)))
+                {
                     CANNOT_TELL
                 } else {
                     GOOD

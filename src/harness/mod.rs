@@ -17,7 +17,7 @@ pub mod event;
 pub mod exit;
 mod fork;
 mod gmem_vm;
-mod interrupt;
+pub mod interrupt;
 pub mod journal;
 pub mod judge;
 pub mod known;

@@ -7,6 +7,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 
 use super::event::{Event, Listener, RunInfo};
 use super::exit::Stopped;
@@ -22,7 +23,8 @@ use super::{Seed, Sharing, descendants, wire};
 use crate::machine::{MachineSpec, SkipKind};
 
 /// How often everything is run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Rounds {
     /// So many times.
     Count(u64),

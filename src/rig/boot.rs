@@ -84,14 +84,15 @@ enum Word {
     Qemu(Vec<u8>),
 }
 
-/// Boots, listens until the end, and leaves no process behind. `stop` is asked every few milliseconds whether to give up.
+/// Boots, listens until the end, and leaves no process behind. `stop` is asked every few milliseconds for a signal
+/// that ends it all.
 pub fn boot(
     hardware: &Hardware,
     kernel: &[u8],
     initramfs: &[u8],
     limits: Limits,
     console: Console,
-    stop: &dyn Fn() -> bool,
+    stop: &dyn Fn() -> Option<i32>,
     listener: &mut dyn Listener,
 ) -> Boot {
     let start = Instant::now();
@@ -167,7 +168,7 @@ impl Watch {
         qemu: &mut Qemu,
         words: &Receiver<Word>,
         limits: Limits,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<i32>,
         listener: &mut dyn Listener,
     ) -> Ending {
         let mut panicked: Option<Instant> = None;
@@ -213,8 +214,8 @@ impl Watch {
             if panicked.is_some_and(|since| since.elapsed() > LAST_WORDS) {
                 return Ending::PoweredOff;
             }
-            if stop() {
-                return Ending::Interrupted;
+            if let Some(signal) = stop() {
+                return Ending::Interrupted(signal);
             }
             if ended.is_none()
                 && panicked.is_none()
@@ -266,7 +267,7 @@ impl Watch {
 
     /// The ending with what only the whole console and QEMU's own words tell.
     fn settle(&self, ending: Ending) -> Ending {
-        if matches!(ending, Ending::Command(_) | Ending::Interrupted | Ending::NotStarted(_)) {
+        if matches!(ending, Ending::Command(_) | Ending::Interrupted(_) | Ending::NotStarted(_)) {
             return ending;
         }
         if let Some(reason) = self.console.panic() {

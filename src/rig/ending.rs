@@ -38,8 +38,8 @@ pub enum Ending {
         /// Its standard error.
         stderr: String,
     },
-    /// This program was told to stop.
-    Interrupted,
+    /// This program was told to stop, by this signal.
+    Interrupted(i32),
 }
 
 impl Ending {
@@ -57,7 +57,7 @@ impl Ending {
             Ending::Noise(_) => "noise",
             Ending::NotStarted(_) => "no-qemu",
             Ending::QemuDied { .. } => "qemu-died",
-            Ending::Interrupted => "interrupted",
+            Ending::Interrupted(_) => "interrupted",
         }
     }
 
@@ -73,7 +73,7 @@ impl Ending {
             | Ending::Noise(_)
             | Ending::NotStarted(_)
             | Ending::QemuDied { .. }
-            | Ending::Interrupted => false,
+            | Ending::Interrupted(_) => false,
         }
     }
 
@@ -145,7 +145,10 @@ impl fmt::Display for Ending {
                     None => Ok(()),
                 }
             }
-            Ending::Interrupted => f.write_str("interrupted"),
+            Ending::Interrupted(signal) => {
+                let name = nix::sys::signal::Signal::try_from(*signal).map_or("a signal", |signal| signal.as_str());
+                write!(f, "stopped by {name}")
+            }
         }
     }
 }

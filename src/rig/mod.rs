@@ -25,6 +25,9 @@ mod initramfs;
 mod modules;
 mod payload;
 mod qemu;
+mod replay;
+mod session;
+mod stream;
 mod task;
 mod wire;
 
@@ -35,5 +38,8 @@ pub use console::Console;
 pub use ending::Ending;
 pub use payload::Payload;
 pub use qemu::Hardware;
+pub use replay::{Replay, Replayed, Rest};
+pub use session::{Boots, Guest, Kept, OnLoss, Session};
+pub use stream::EventWriter;
 pub use task::Duty;
 pub use wire::{CommandEnd, Hello};

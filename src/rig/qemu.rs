@@ -128,6 +128,17 @@ impl Drop for Qemu {
     }
 }
 
+/// Runs QEMU with the terminal as the guest's console, until it ends. Ctrl-A X ends it.
+pub fn interactive(hardware: &Hardware, kernel: &[u8], initramfs: &[u8]) -> io::Result<ExitStatus> {
+    let files = [memory_file(c"kernel", kernel)?, memory_file(c"initramfs", initramfs)?];
+    let path = |index: usize| format!("/proc/self/fd/{}", files[index].as_raw_fd());
+    let mut command = Command::new(QEMU);
+    command.args(hardware.arguments(Path::new(&path(0)), Path::new(&path(1)))).args(["-serial", "mon:stdio"]);
+    let numbers = files.each_ref().map(AsRawFd::as_raw_fd);
+    bind(&mut command, &numbers);
+    command.status()
+}
+
 /// The console and the two forms of the result port, for the given chardev backends.
 pub fn stream_arguments(console: &str, virtio: &str, serial: &str) -> Vec<String> {
     let device = format!("virtserialport,chardev=virtio,name={PORT_NAME}");
@@ -151,13 +162,18 @@ pub fn stream_arguments(console: &str, virtio: &str, serial: &str) -> Vec<String
     .into()
 }
 
-/// Starts `command` in a process group of its own, so that the terminal's Ctrl-C reaches only this program, and bound to
-/// the life of the calling thread: when that ends, for whatever reason, the kernel kills the process.
-/// `inherited` stay open in it.
-pub fn spawn(command: &mut Command, inherited: &[RawFd]) -> io::Result<Child> {
+/// Starts `command` in a process group of its own, so that the terminal's Ctrl-C reaches only this program.
+fn spawn(command: &mut Command, inherited: &[RawFd]) -> io::Result<Child> {
+    command.process_group(0);
+    bind(command, inherited);
+    command.spawn()
+}
+
+/// Binds `command` to the life of the thread that will start it: when that ends, for whatever reason, the kernel kills
+/// the process. `inherited` stay open in it.
+fn bind(command: &mut Command, inherited: &[RawFd]) {
     let inherited = inherited.to_vec();
     let parent = nix::unistd::getpid();
-    command.process_group(0);
     let prepare = move || {
         nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
         // The parent may have died before that.
@@ -165,7 +181,7 @@ pub fn spawn(command: &mut Command, inherited: &[RawFd]) -> io::Result<Child> {
             return Err(io::Error::from(nix::errno::Errno::ESRCH));
         }
         for &fd in &inherited {
-            // SAFETY: the descriptors belong to the caller, who keeps them open until spawn has returned.
+            // SAFETY: the descriptors belong to the caller, who keeps them open until the process is started.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
@@ -173,7 +189,6 @@ pub fn spawn(command: &mut Command, inherited: &[RawFd]) -> io::Result<Child> {
     };
     // SAFETY: the closure makes system calls only (prctl, getppid, fcntl) and allocates nothing: it is async-signal-safe.
     unsafe { command.pre_exec(prepare) };
-    command.spawn()
 }
 
 /// A file in memory with these contents.
