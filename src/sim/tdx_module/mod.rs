@@ -16,7 +16,7 @@
 //! processors is explicit: a processor runs a guest from [`Outcome::Entered`] to its [`guest::TdExit`], and a leaf can be held half-way
 //! ([`Module::hold_next`], [`HoldPoint`]) with its locks, while other processors call.
 //!
-//! ```no_run
+//! ```
 //! use gmemtest::sim::tdx_module::{Leaf, LpId, Outcome, Status, fixture::Fixture};
 //!
 //! let mut f = Fixture::s2();
@@ -32,12 +32,11 @@
 //! Out of scope: L2 partitions, migration, service TDs, TDX-IO. Their leaves, and the few others that are not modelled, answer as an
 //! unknown leaf does; [`leaf::SEAMCALL_LEAVES`] and [`leaf::TDCALL_LEAVES`] list every number with its standing.
 
-#![allow(dead_code)]
-
 mod call;
 mod check;
 mod dispatch;
 pub mod fault;
+mod fingerprint;
 pub mod fixture;
 pub mod guest;
 pub mod invariants;
@@ -57,11 +56,14 @@ mod state;
 mod status;
 mod switches;
 pub mod td;
+#[cfg(test)]
+mod tests;
 pub mod trace;
 pub mod vcpu;
 
 pub use call::{AnyLeaf, LpError, Outcome};
 pub use dispatch::Released;
+pub use invariants::Violation;
 pub use leaf::{Leaf, TdcallLeaf};
 pub use lp::{HoldPoint, Interrupt, LpId};
 pub use memory::PhysicalMemory;

@@ -157,10 +157,6 @@ impl Tdmr {
         self.base + self.size
     }
 
-    pub(crate) fn is_reserved(&self, pa: u64) -> bool {
-        self.reserved.iter().any(|(offset, size)| (pa - self.base).wrapping_sub(*offset) < *size)
-    }
-
     /// Marks the reserved 4K pages of the range that TDMR.INIT has reached.
     pub(crate) fn initialize(&mut self, from: u64, to: u64) {
         self.initialized_to = to;

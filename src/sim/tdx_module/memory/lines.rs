@@ -36,11 +36,6 @@ pub(crate) struct Caches {
 }
 
 impl Caches {
-    /// Key ids with dirty lines.
-    pub fn has_dirty(&self, hkid: u16) -> bool {
-        self.dirty.keys().any(|(_, key)| *key == hkid)
-    }
-
     fn take(&mut self, key: (u64, u16)) -> Option<[u64; 8]> {
         let line = self.dirty.remove(&key)?;
         self.order.retain(|other| *other != key);
@@ -119,6 +114,14 @@ impl Module {
             self.memory.write_line(at, &line, tag);
         }
         Ok(())
+    }
+
+    /// The module uses the first line of a page through the cache: a dirty copy stays behind under `hkid`.
+    pub(crate) fn touch_private(&mut self, pa: u64, hkid: u16) {
+        if self.switches.cache_aliasing {
+            let line = self.memory.read_line(pa);
+            self.put_dirty(pa, hkid, line);
+        }
     }
 
     /// Direct full-line writes of one repeated word by the module (MOVDIR64B): cached copies under the same key id are gone.
