@@ -147,6 +147,24 @@ mutants! {
     MincoreIgnoresUptodate = "mincore-ignores-uptodate",
     /// MADV_DONTNEED frees the page.
     DontneedFrees = "dontneed-frees",
+    /// Conversion accepts a range beyond the end of the file.
+    ConvertIgnoresSize = "convert-ignores-size",
+    /// Conversion to private does not look at reference counts.
+    ConvertIgnoresReferences = "convert-ignores-references",
+    /// Conversion to private does not drain the LRU batches before it calls a page unsafe.
+    ConvertSkipsDrain = "convert-skips-drain",
+    /// A failed conversion reports the start of the range, not the page.
+    ConvertReportsStart = "convert-reports-start",
+    /// A page that is held fails the conversion with EBUSY.
+    ConvertBusyIsEbusy = "convert-busy-is-ebusy",
+    /// Conversion to private stores the attribute before it checks.
+    ConvertStoresFirst = "convert-stores-first",
+    /// Conversion to private leaves the host's page-table entries.
+    ConvertSkipsHostUnmap = "convert-skips-host-unmap",
+    /// Conversion leaves the guest's mappings.
+    ConvertSkipsZap = "convert-skips-zap",
+    /// Conversion stores one page too few.
+    ConvertOnePageShort = "convert-one-page-short",
     /// cachestat counts one page more.
     CachestatOffByOne = "cachestat-off-by-one",
 }

@@ -99,7 +99,7 @@ impl World {
             () => last,
         };
         if !self.mutant(Mutant::PunchSkipsZap) {
-            self.gmem_zap_bindings(inode, first, last);
+            self.gmem_zap_bindings(inode, first, last, self.punch_filter(inode));
         }
         self.gmem_truncate(inode, first, last.min(MAX_FILE_SIZE / PAGE_SIZE));
         Ok(())

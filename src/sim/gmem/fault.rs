@@ -27,7 +27,7 @@ impl World {
         if index >= node.size_pages() && !self.mutant(Mutant::HostFaultIgnoresSize) {
             return Err(AccessError::Bus);
         }
-        if !node.is_init_shared() && !self.mutant(Mutant::HostFaultIgnoresPrivate) {
+        if node.is_private(index) && !self.mutant(Mutant::HostFaultIgnoresPrivate) {
             return Err(AccessError::Bus);
         }
         let inode = self.gmem.files[&file].inode;

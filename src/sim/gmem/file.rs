@@ -1,10 +1,10 @@
 //! Files: one VM's view of an inode, from KVM_CREATE_GUEST_MEMFD to the last close.
 
-use super::super::World;
 use super::super::host::mm::{PoisonEntries, TASK_SIZE};
 use super::super::host::{Backing, Vma};
 use super::super::mmu::{SlotKey, VmId, ZapFilter};
 use super::super::mutant::Mutant;
+use super::super::{RangeMap, World};
 use super::{Inode, InodeId};
 use crate::machine::{Errno, PAGE_SIZE, Protection};
 use crate::uapi::kvm::GUEST_MEMFD_FLAG_MMAP;
@@ -64,7 +64,10 @@ impl World {
         let inode = self.fresh_id();
         let number = if self.mutant(Mutant::InodeNumberReused) { 4000 } else { 4000 + inode };
         let modified_ns = self.now_ns();
-        self.gmem.inodes.insert(inode, Inode { number, size, flags, pages: BTreeMap::new(), modified_ns });
+        self.gmem.inodes.insert(
+            inode,
+            Inode { number, size, flags, pages: BTreeMap::new(), converted: RangeMap::default(), modified_ns },
+        );
         let file = self.fresh_id();
         self.gmem.files.insert(file, super::File { vm, inode, descriptors: 1, bindings: Vec::new() });
         Ok(file)
@@ -99,7 +102,7 @@ impl World {
             state.slots.forget_file(file);
         }
         if !self.mutant(Mutant::CloseSkipsZap) {
-            self.gmem_zap_bindings(inode, 0, u64::MAX);
+            self.gmem_zap_bindings(inode, 0, u64::MAX, self.punch_filter(inode));
         }
         self.gmem.files.remove(&file);
         self.gmem_truncate(inode, 0, u64::MAX);
@@ -107,11 +110,19 @@ impl World {
         self.drop_vm_if_unused(vm);
     }
 
-    /// Unmaps from every guest the pages `first..last` of an inode, by the bindings of its files: private mappings, or
-    /// shared ones when the file is shared.
-    pub fn gmem_zap_bindings(&mut self, inode: InodeId, first: u64, last: u64) {
-        let Some(node) = self.gmem.inodes.get(&inode) else { return };
-        let filter = if node.is_init_shared() { ZapFilter::Shared } else { ZapFilter::Private };
+    /// What taking pages out of a file unmaps: private mappings, or shared ones when the file is shared; both once a file
+    /// can have pages of both kinds.
+    pub fn punch_filter(&self, inode: InodeId) -> ZapFilter {
+        let shared = self.gmem.inodes.get(&inode).is_some_and(Inode::is_init_shared);
+        match shared {
+            _ if self.profile.kernel.converts_in_place() => ZapFilter::Both,
+            true => ZapFilter::Shared,
+            false => ZapFilter::Private,
+        }
+    }
+
+    /// Unmaps from every guest the pages `first..last` of an inode, by the bindings of its files.
+    pub fn gmem_zap_bindings(&mut self, inode: InodeId, first: u64, last: u64, filter: ZapFilter) {
         let bindings: Vec<(VmId, Binding)> = self
             .gmem
             .files

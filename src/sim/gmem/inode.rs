@@ -1,8 +1,8 @@
 //! The inode: size, flags, and the page cache.
 
-use super::super::World;
 use super::super::host::{Cpu, Flags, Holder, Order, Pfn};
 use super::super::mutant::Mutant;
+use super::super::{RangeMap, World};
 use crate::machine::{Errno, PAGE_SIZE};
 use crate::uapi::kvm::GUEST_MEMFD_FLAG_INIT_SHARED;
 use std::collections::BTreeMap;
@@ -21,6 +21,8 @@ pub struct Inode {
     pub flags: u64,
     /// First page index to first frame of each folio in the page cache.
     pub pages: BTreeMap<u64, Pfn>,
+    /// Pages whose shareability is not the one that the file was created with.
+    pub converted: RangeMap<bool>,
     /// mtime, nanoseconds since the epoch.
     pub modified_ns: i128,
 }
@@ -29,6 +31,22 @@ impl Inode {
     /// Whether the whole file is shared: GUEST_MEMFD_FLAG_INIT_SHARED.
     pub fn is_init_shared(&self) -> bool {
         self.flags & GUEST_MEMFD_FLAG_INIT_SHARED != 0
+    }
+
+    /// Whether a page is private: by the creation flag, and by what was converted since.
+    pub fn is_private(&self, index: u64) -> bool {
+        self.is_init_shared() == self.converted.get(index)
+    }
+
+    /// Whether every page of `first..last` is private, or every page is shared.
+    pub fn all_private(&self, first: u64, last: u64, private: bool) -> bool {
+        self.converted.all(first, last, private == self.is_init_shared())
+    }
+
+    /// Makes the pages of `first..last` private or shared.
+    pub fn set_private(&mut self, first: u64, last: u64, private: bool) {
+        let converted = private == self.is_init_shared();
+        self.converted.set(first, last, converted);
     }
 
     /// Size in pages.
@@ -86,6 +104,18 @@ impl World {
                 self.host.put(pfn, Holder::PageCache, pages as u32);
             }
         }
+    }
+
+    /// First page index and first frame of the folios that have a page in `first..last`.
+    pub fn gmem_folios(&self, inode: InodeId, first: u64, last: u64) -> Vec<(u64, Pfn)> {
+        let Some(node) = self.gmem.inodes.get(&inode) else { return Vec::new() };
+        let before = node.pages.range(..first).next_back();
+        before
+            .filter(|(index, head)| *index + self.host.frames.extent(**head).1 > first)
+            .into_iter()
+            .chain(node.pages.range(first..last))
+            .map(|(index, head)| (*index, *head))
+            .collect()
     }
 
     /// Pages in the page cache in `first..last`.

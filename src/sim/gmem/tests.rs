@@ -234,3 +234,51 @@ fn madvise_answers_by_the_table() {
     map.lock(PAGE_SIZE, PAGE_SIZE).unwrap();
     assert_eq!(map.advise(PAGE_SIZE, PAGE_SIZE, libc::MADV_REMOVE), Err(Errno::EINVAL));
 }
+
+#[test]
+fn conversion_checks_and_reports_the_page_that_is_held() {
+    let machine = machine("sim:sw-protected,kernel=in-place");
+    let (_vm, file) = gmem(&machine, 4, SHARED);
+    let convert = |page: u64, pages: u64, attributes| {
+        file.convert(page * PAGE_SIZE, pages * PAGE_SIZE, attributes).map_err(|error| (error.errno, error.offset))
+    };
+    for (offset, len, attributes) in
+        [(0, 0, 8), (0, 4096, 1), (1, 4096, 8), (0, 4097, 8), (4096, 16384, 8), (u64::MAX - 4095, 4096, 8)]
+    {
+        assert_eq!(file.convert(offset, len, attributes).unwrap_err().errno, Errno::EINVAL, "{offset} {len}");
+    }
+    let map = file.map(4 * PAGE_SIZE, 0, Protection::SHARED_RW).unwrap();
+    map.fill(0, 4 * PAGE_SIZE, 7).unwrap();
+    let pin = map.hold(2 * PAGE_SIZE, PAGE_SIZE, HoldKind::Pin).unwrap();
+    assert_eq!(convert(0, 4, 8), Err((Errno::EAGAIN, Some(2 * PAGE_SIZE))));
+    assert_eq!(map.find_mismatch(0, 4 * PAGE_SIZE, 7), Ok(None), "nothing was converted");
+    assert_eq!(convert(0, 2, 8), Ok(()));
+    assert_eq!(convert(2, 1, 8), Err((Errno::EAGAIN, Some(2 * PAGE_SIZE))));
+    drop(pin);
+    assert_eq!(convert(0, 4, 8), Ok(()));
+    assert!((0..4).all(|page| map.read_u64(page * PAGE_SIZE).is_err()));
+    assert_eq!(file.cache_stat(0, 0).unwrap().cached, 4);
+    assert_eq!(convert(1, 1, 0), Ok(()));
+    assert_eq!(map.read_u64(PAGE_SIZE), Ok(0x0707_0707_0707_0707), "the bytes stay on a VM without encryption");
+    assert!(map.read_u64(0).is_err() && map.read_u64(2 * PAGE_SIZE).is_err());
+    file.punch_hole(PAGE_SIZE, PAGE_SIZE).unwrap();
+    assert_eq!(map.read_u64(PAGE_SIZE), Ok(0), "punched, and still shared");
+}
+
+#[test]
+fn conversion_waits_for_a_speculative_reference_once() {
+    let machine = machine("sim:sw-protected,kernel=in-place");
+    let (_vm, file) = gmem(&machine, 1, SHARED);
+    file.allocate(0, PAGE_SIZE).unwrap();
+    let pfn = machine.page_account(file.handle(), 0).unwrap().pfn;
+    machine.with_world(|world| world.host.frames.get_speculative(pfn, 1, 3));
+    assert_eq!(file.convert(0, PAGE_SIZE, 8).unwrap_err().errno, Errno::EAGAIN);
+    assert_eq!(file.convert(0, PAGE_SIZE, 8), Ok(()));
+    assert_eq!(machine_without_ioctl(), Errno::ENOTTY);
+}
+
+fn machine_without_ioctl() -> Errno {
+    let machine = machine("sim:sw-protected,kernel=7.3");
+    let (_vm, file) = gmem(&machine, 1, MMAP);
+    file.convert(1, 1, 1).unwrap_err().errno
+}

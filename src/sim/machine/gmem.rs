@@ -31,8 +31,8 @@ impl GuestMemfd for SimGmem {
         self.shared.with(|world| world.gmem_fallocate(self.file, mode, offset, len))
     }
 
-    fn convert(&self, _offset: u64, _len: u64, _attributes: u64) -> Result<(), ConvertError> {
-        Err(ConvertError { errno: Errno::ENOTTY, offset: None })
+    fn convert(&self, offset: u64, len: u64, attributes: u64) -> Result<(), ConvertError> {
+        self.shared.with(|world| world.gmem_convert(self.file, offset, len, attributes))
     }
 
     fn map(&self, len: u64, offset: u64, protection: Protection) -> Result<Box<dyn Mapping>, Errno> {

@@ -47,9 +47,15 @@ pub struct Request {
 }
 
 impl World {
-    /// Whether a gfn is private by its attribute.
+    /// Whether a gfn is private: by the VM's attribute, or by its guest_memfd where that keeps it.
     pub fn gfn_is_private(&self, vm: VmId, gfn: u64) -> bool {
-        self.vms.get(&vm).is_some_and(|vm| vm.attributes.get(gfn) & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0)
+        let Some(state) = self.vms.get(&vm) else { return false };
+        if !self.profile.kernel.converts_in_place() {
+            return state.attributes.get(gfn) & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0;
+        }
+        let Some((_, slot)) = state.slots.at(gfn).filter(|_| state.vm_type.has_private_memory()) else { return false };
+        let node = slot.file.and_then(|file| self.gmem.inode_of(file));
+        node.is_some_and(|node| node.is_private(slot.pgoff + (gfn - slot.base_gfn)))
     }
 
     /// Handles a fault: installs a mapping and returns it with its first gfn.
