@@ -60,7 +60,7 @@ fn one_line(text: &str) -> String {
     let end = ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|mark| text.find(mark)).min();
     let lines: Vec<&str> =
         text[..end.unwrap_or(text.len())].lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    format!("{}; try --help", lines.join("; "))
+    format!("{}; try --help", lines.join("; ").replace(":; ", ": "))
 }
 
 #[cfg(test)]

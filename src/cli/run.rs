@@ -22,7 +22,7 @@ use crate::harness::select::Pattern;
 use crate::harness::{Seed, Stop, Suite};
 use crate::machine::{MachineSpec, SkipKind};
 use crate::observe::Environment;
-use crate::report::{Ktap, Pretty, Screen};
+use crate::report::{Json, Junit, Ktap, Pretty, Screen};
 use crate::rig::{EventWriter, Rest};
 
 /// The flags of `run`, which are those of every selftest binary too.
@@ -87,6 +87,10 @@ enum Format {
     Pretty,
     /// KTAP version 1.
     Ktap,
+    /// One JSON document, written at the end.
+    Json,
+    /// JUnit's XML, written at the end.
+    Junit,
     /// Events as lines of JSON, from the rig's guest to its host.
     #[value(hide = true)]
     Events,
@@ -260,6 +264,8 @@ impl Format {
                 Box::new(Pretty::new(anstream::StripStream::new(Box::new(out) as Box<dyn Write>), Screen::new()))
             }
             Format::Ktap => Box::new(Ktap::new(out)),
+            Format::Json => Box::new(Json::new(out)),
+            Format::Junit => Box::new(Junit::new(out)),
             Format::Events => Box::new(EventWriter::new(out)),
         }
     }

@@ -1,8 +1,9 @@
 //! The processes below a process, and which test they belong to.
 //!
-//! A process that a test leaves behind is found in three ways: it is still in the test's process group; or it carries
-//! the mark of the test in its environment; or it is a child that the runner did not start. The runner is a subreaper
-//! (PR_SET_CHILD_SUBREAPER), so that whatever loses its parent becomes its child and nothing gets out of sight.
+//! Every test's process is a subreaper (PR_SET_CHILD_SUBREAPER), and so is the runner: what loses its parent below a test
+//! becomes the test's child, and the runner's when the test ends. So a child that the runner did not start comes from a
+//! test that has just ended. When two end at once, the process group and the mark that a test leaves in the environment
+//! tell whose it is.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;

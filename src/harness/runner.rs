@@ -285,10 +285,20 @@ impl Runner<'_> {
     }
 
     fn look_at_signals(&mut self, active: &mut [Active<'_>]) {
+        let before = self.is_abandoned();
+        let mut asked = false;
         while let Some(signal) = self.interrupts.take() {
             self.stop(Stopped::Signal(signal));
+            asked = true;
+        }
+        if asked || (self.is_abandoned() && !before) {
             active.iter_mut().for_each(|test| test.process.terminate(Instant::now()));
         }
+    }
+
+    /// Whether the tests that run are ended, too: they have nobody left to report to, or were told to stop.
+    fn is_abandoned(&self) -> bool {
+        matches!(self.stopped, Some(Stopped::Signal(_) | Stopped::CannotWrite(_)))
     }
 
     /// Takes output, presses on those whose time is over, and finishes those that ended.
@@ -321,7 +331,7 @@ impl Runner<'_> {
         record.stderr = test.process.stderr.capture.output();
         record.stuck = std::mem::take(&mut test.process.stuck);
         let timed_out = test.process.timed_out();
-        if matches!(self.stopped, Some(Stopped::Signal(_))) && timed_out.is_none() && end != End::Exited(0) {
+        if self.is_abandoned() && timed_out.is_none() && end != End::Exited(0) {
             // It was ended with the run, and has no verdict.
             self.summary.not_run += 1;
             return;

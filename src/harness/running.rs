@@ -96,6 +96,8 @@ impl Running {
         unsafe {
             command.pre_exec(move || {
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == -1
+                    // Orphans of the test stay below it while it lives, so that none is laid at another test's door.
+                    || libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) == -1
                     || libc::fcntl(inherited, libc::F_SETFD, 0) == -1
                 {
                     return Err(io::Error::last_os_error());
@@ -190,12 +192,16 @@ impl Running {
         }
     }
 
-    /// Sends SIGTERM to the group; SIGKILL follows.
+    /// Sends SIGTERM to the group; SIGKILL follows, at once when this is asked for again.
     pub fn terminate(&mut self, now: Instant) {
-        if self.phase == Phase::Running {
-            signal_group(self.pid, Signal::SIGTERM);
-            self.phase = Phase::Terminated;
-            self.until = now + GRACE;
+        match self.phase {
+            Phase::Running => {
+                signal_group(self.pid, Signal::SIGTERM);
+                self.phase = Phase::Terminated;
+                self.until = now + GRACE;
+            }
+            Phase::Terminated => self.until = now,
+            Phase::Killed | Phase::Unkillable => {}
         }
     }
 
@@ -259,12 +265,10 @@ impl Running {
             let Some(stat) = descendants::stat(pid) else {
                 return false;
             };
-            // A zombie has no environment any more; one of another test's group is that test's.
+            // Tests that still run keep their orphans. What is new here comes from one that has ended: from this one,
+            // unless it says that it is of another that ended at the same moment.
             stat.group == self.pid
-                || match descendants::mark(pid) {
-                    Some(mark) => mark == self.mark,
-                    None => others.is_empty() || (stat.state == 'Z' && !others.contains(&stat.group)),
-                }
+                || descendants::mark(pid).map_or(!others.contains(&stat.group), |mark| mark == self.mark)
         });
         found
     }

@@ -50,7 +50,7 @@ impl Failure {
         relation: &str,
         expected: &dyn fmt::Debug,
     ) -> Failure {
-        Failure::new(format!("{what}\n    actual:   {actual:?}\n  {relation:>9}: {expected:?}"))
+        Failure::new(format!("{what}\n  {:>8}: {actual:?}\n  {relation:>8}: {expected:?}", "actual"))
     }
 }
 

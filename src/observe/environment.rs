@@ -90,9 +90,6 @@ const OPTIONS: &[&str] = &[
     "PREEMPT_DYNAMIC",
 ];
 
-/// The modules whose parameters change what KVM does.
-const MODULES: &[&str] = &["kvm", "kvm_intel", "kvm_amd"];
-
 impl Environment {
     /// Reads it. What cannot be read is empty.
     pub fn read() -> Environment {
@@ -107,7 +104,7 @@ impl Environment {
             command_line: line("/proc/cmdline"),
             boot_id: line("/proc/sys/kernel/random/boot_id"),
             config: KernelConfig::read(),
-            module_parameters: MODULES.iter().filter_map(|name| Some((name.to_string(), parameters(name)?))).collect(),
+            module_parameters: module_parameters(),
             cpu_model: value_of(&cpuinfo, "model name"),
             microcode: value_of(&cpuinfo, "microcode"),
             cpus: cpuinfo.lines().filter(|line| line.starts_with("processor")).count() as u64,
@@ -144,6 +141,16 @@ fn line(path: &str) -> String {
 fn value_of(cpuinfo: &str, key: &str) -> String {
     let pairs = cpuinfo.lines().filter_map(|line| line.split_once(':'));
     pairs.into_iter().find(|(name, _)| name.trim() == key).map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
+}
+
+/// Parameters of `kvm` and of everything that calls itself after it: `kvm_intel`, `kvm_amd`, and out-of-tree kinds.
+fn module_parameters() -> BTreeMap<String, ModuleParameters> {
+    let modules = fs::read_dir("/sys/module").into_iter().flatten().flatten();
+    let names = modules.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names
+        .filter(|name| name == "kvm" || name.starts_with("kvm_"))
+        .filter_map(|name| parameters(&name).map(|set| (name, set)))
+        .collect()
 }
 
 fn parameters(module: &str) -> Option<ModuleParameters> {

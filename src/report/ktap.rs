@@ -318,7 +318,7 @@ fn result_line(number: usize, name: &str, record: &Record) -> String {
 
 /// What is said about a result, before its line.
 fn diagnostics(info: &RunInfo, record: &Record) -> Vec<String> {
-    let mut lines = super::pretty::details(record);
+    let mut lines = super::story::details(record);
     if record.outcome.counts_as_failure() || record.outcome == Outcome::Known {
         lines.push(format!("on {}", record.machine));
         lines.push(format!("again: {}", info.reproduce(record)));
@@ -327,7 +327,7 @@ fn diagnostics(info: &RunInfo, record: &Record) -> Vec<String> {
 }
 
 fn environment_lines(info: &RunInfo, plan: &Plan) -> Vec<String> {
-    let mut lines = super::pretty::header(info, plan);
+    let mut lines = super::story::header(info, plan);
     let environment = &info.environment;
     lines.push(format!("cmdline {}", environment.command_line));
     if let Some(config) = &environment.config {

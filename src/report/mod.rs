@@ -3,8 +3,13 @@
 //! A reporter is a [`Listener`](crate::harness::event::Listener) that writes to one output. Results go there and nothing
 //! else does.
 
+mod json;
+mod junit;
 mod ktap;
 mod pretty;
+mod story;
 
+pub use json::{Document, Json, NotRun, SCHEMA, Tool};
+pub use junit::Junit;
 pub use ktap::Ktap;
 pub use pretty::{Pretty, Screen};
