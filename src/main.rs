@@ -34,6 +34,7 @@ selftests! {
     "../selftests/memslots.rs" memslots,
     "../selftests/memslots_running.rs" memslots_running,
     "../selftests/vm_types.rs" vm_types,
+    "../selftests/prefault.rs" prefault,
 }
 
 fn main() -> ExitCode {
