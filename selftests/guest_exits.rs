@@ -290,31 +290,43 @@ fn mappings_are_counted(cx: &Context, &(first, pages, left): &(u64, u64, u64)) -
     Ok(())
 }
 
-/// Code that raises an exception at its first byte (`ud2`, `rdmsr` of an MSR that does not exist), its vector and error
-/// code.
-const EXCEPTIONS: &[(&str, (u64, u8, u64))] = &[
-    ("undefined_opcode", (u64::from_le_bytes([0x0F, 0x0B, 0xC3, 0xC3, 0xC3, 0xC3, 0xC3, 0xC3]), 6, 0)),
-    ("general_protection", (u64::from_le_bytes([0x0F, 0x32, 0xC3, 0xC3, 0xC3, 0xC3, 0xC3, 0xC3]), 13, 0)),
+/// Code that raises an exception, at which byte of it, its vector and error code.
+#[derive(Clone, Copy, Debug)]
+struct Raising {
+    code: [u8; 8],
+    at: u64,
+    vector: u8,
+    error_code: u64,
+}
+
+const EXCEPTIONS: &[(&str, Raising)] = &[
+    // ud2
+    (
+        "undefined_opcode",
+        Raising { code: [0x0F, 0x0B, 0xC3, 0xC3, 0xC3, 0xC3, 0xC3, 0xC3], at: 0, vector: 6, error_code: 0 },
+    ),
+    // mov ecx, 0xdeadbeef; rdmsr: no CPU has that MSR
+    (
+        "general_protection",
+        Raising { code: [0xB9, 0xEF, 0xBE, 0xAD, 0xDE, 0x0F, 0x32, 0xC3], at: 5, vector: 13, error_code: 0 },
+    ),
 ];
 
-/// `mov ecx, 0xdeadbeef` for the `rdmsr`, at the end of the 8 bytes before it.
-const BEFORE: u64 = u64::from_le_bytes([0x90, 0x90, 0x90, 0xB9, 0xEF, 0xBE, 0xAD, 0xDE]);
-
-fn raise(vm: &GmemVm, vcpu: &mut dyn Vcpu, code: u64) -> TestResult<Exit> {
-    claim_matches!(vcpu.execute(GuestOp::write_u64(vm.gpa(0), BEFORE)), Exit::Done(_));
-    claim_matches!(vcpu.execute(GuestOp::write_u64(vm.gpa(8), code)), Exit::Done(_));
+fn raise(vm: &GmemVm, vcpu: &mut dyn Vcpu, code: [u8; 8]) -> TestResult<Exit> {
+    let code = u64::from_le_bytes(code);
+    claim_matches!(vcpu.execute(GuestOp::write_u64(vm.gpa(0), code)), Exit::Done(_));
     Ok(vcpu.execute(GuestOp::Execute { gpa: vm.gpa(0) }))
 }
 
-fn exceptions_are_reported(cx: &Context, &(code, vector, error_code): &(u64, u8, u64)) -> TestResult {
+fn exceptions_are_reported(cx: &Context, raising: &Raising) -> TestResult {
     let vm = GmemVm::new(cx, 1)?;
     let mut vcpu = vm.vcpu(0)?;
-    match raise(&vm, &mut *vcpu, code)? {
-        Exit::GuestException { vector: seen, error_code: seen_code, rip, .. } => {
-            claim_eq!((seen, seen_code), (vector, error_code), "vector and error code");
-            claim_eq!(rip, vm.gpa(8), "RIP: the payload maps guest-physical addresses one to one");
+    match raise(&vm, &mut *vcpu, raising.code)? {
+        Exit::GuestException { vector, error_code, rip, .. } => {
+            claim_eq!((vector, error_code), (raising.vector, raising.error_code), "vector and error code");
+            claim_eq!(rip % PAGE_SIZE, raising.at, "RIP within the page");
         }
-        other => fail!("expected exception {vector}, the guest ended in {other:x?}"),
+        other => fail!("expected exception {}, the guest ended in {other:x?}", raising.vector),
     }
     Ok(())
 }
@@ -322,7 +334,7 @@ fn exceptions_are_reported(cx: &Context, &(code, vector, error_code): &(u64, u8,
 fn guest_goes_on_after_an_exception(cx: &Context) -> TestResult {
     let vm = GmemVm::new(cx, 1)?;
     let mut vcpu = vm.vcpu(0)?;
-    let exit = raise(&vm, &mut *vcpu, EXCEPTIONS[0].1.0)?;
+    let exit = raise(&vm, &mut *vcpu, EXCEPTIONS[0].1.code)?;
     claim!(matches!(exit, Exit::GuestException { .. }), "an exception, not {exit:x?}");
     claim_matches!(vcpu.execute(GuestOp::write_u64(vm.gpa(64), 9)), Exit::Done(_), "the next operation");
     claim_eq!(vcpu.execute(GuestOp::read_u64(vm.gpa(64))), Exit::Done(9), "the operation after it");
