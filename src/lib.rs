@@ -4,6 +4,7 @@
 extern crate self as gmemtest;
 
 pub mod cli;
+pub mod guest;
 pub mod harness;
 pub mod kvm;
 pub mod machine;

@@ -147,7 +147,14 @@ impl Facilities {
         if !vm.is_present() {
             return vm;
         }
-        Availability::absent(SkipKind::Declined, "no payload in this version", "a version of this program that has one")
+        match self.vm_type {
+            VmType::Default | VmType::SwProtected => Availability::present(),
+            VmType::Tdx => Availability::absent(
+                SkipKind::Declined,
+                "this version builds no TD around the payload",
+                "a version of this program that does, or sim:tdx",
+            ),
+        }
     }
 
     fn guest_mmu(&self) -> Availability {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `system` | /dev/kvm: [`KvmMachine`] |
 //! | `vm` | a VM: slots, attributes, capabilities |
+//! | `payload` | the guest's program in a VM, and the start of its vCPUs |
 //! | `vcpu`, `exit`, `kick` | a vCPU: KVM_RUN, what its exit says, and how another thread ends it |
 //! | `gmem`, `file_op` | a guest_memfd and the system calls on it |
 //! | `mapping`, `host_access`, `hold`, `pagemap` | memory of this process and what may be done to it |
@@ -26,6 +27,7 @@ mod kick;
 mod mapping;
 mod page;
 mod pagemap;
+mod payload;
 mod stats;
 mod system;
 mod vcpu;

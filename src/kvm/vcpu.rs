@@ -1,7 +1,10 @@
 //! A vCPU of the running kernel.
 
 use super::kick::{Interrupted, Kicker, TimeLimit};
+use super::payload::Payload;
 use super::{exit, ioctl, stats};
+use crate::guest::layout::REPORT_PORT;
+use crate::guest::{Mailbox, Outcome};
 use crate::machine::{Errno, Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
 use crate::uapi::bindings::kvm_run;
 use crate::uapi::kvm::{KVM_EXIT_UNKNOWN, KVM_PRE_FAULT_MEMORY, KVM_RUN, KvmPreFaultMemory};
@@ -19,31 +22,96 @@ pub(super) struct KvmVcpu {
     id: u32,
     limit: Duration,
     control: Arc<Control>,
+    guest: Guest,
 }
 
-/// The handle for other threads.
+/// Where the payload is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    /// The VM has no payload.
+    None,
+    /// It waits for a command, or starts and then waits.
+    Waiting,
+    /// It is executing one.
+    Busy,
+}
+
+/// The handle for other threads. It holds the payload's memory, but no descriptor.
 struct Control {
+    id: u32,
     kicker: Kicker,
+    payload: Option<Arc<Payload>>,
+}
+
+impl Control {
+    fn mailbox(&self) -> Option<Mailbox<'_>> {
+        self.payload.as_ref().map(|payload| payload.mailbox(self.id))
+    }
 }
 
 impl VcpuControl for Control {
-    fn stop(&self) {}
+    fn stop(&self) {
+        if let Some(mailbox) = self.mailbox() {
+            mailbox.stop();
+        }
+    }
 
     fn kick(&self) {
         self.kicker.kick();
     }
 
     fn iterations(&self) -> u64 {
-        0
+        self.mailbox().map_or(0, |mailbox| mailbox.iterations())
     }
 }
 
 impl KvmVcpu {
-    /// KVM_CREATE_VCPU.
-    pub(super) fn create(vm: &VmFd, id: u32) -> Result<KvmVcpu, Errno> {
+    /// KVM_CREATE_VCPU; with a payload, the vCPU is made ready to boot it.
+    ///
+    /// # Errors
+    /// EINVAL for an id that the payload has no area for, or the errno of the call that failed.
+    pub(super) fn create(vm: &VmFd, id: u32, payload: Option<Arc<Payload>>) -> Result<KvmVcpu, Errno> {
         let mut fd = vm.create_vcpu(u64::from(id)).map_err(|error| Errno::from_raw(error.errno()))?;
-        let flag = NonNull::from(&mut fd.get_kvm_run().immediate_exit);
-        Ok(KvmVcpu { fd, id, limit: DEFAULT_TIME_LIMIT, control: Arc::new(Control { kicker: Kicker::new(flag) }) })
+        let guest = match &payload {
+            None => Guest::None,
+            Some(payload) if id < payload.vcpus() => {
+                payload.prepare(&fd)?;
+                payload.start(&fd, id)?;
+                Guest::Waiting
+            }
+            Some(_) => return Err(Errno::EINVAL),
+        };
+        let kicker = Kicker::new(NonNull::from(&mut fd.get_kvm_run().immediate_exit));
+        let control = Arc::new(Control { id, kicker, payload });
+        Ok(KvmVcpu { fd, id, limit: DEFAULT_TIME_LIMIT, control, guest })
+    }
+
+    /// Runs the guest to the first exit, which is the payload's report where it is one.
+    fn run_command(&mut self) -> Exit {
+        let exit = self.enter();
+        let reported = matches!(exit, Exit::Io { port: REPORT_PORT, size: 1 });
+        match self.control.mailbox().filter(|_| reported).map(|mailbox| mailbox.take()) {
+            Some(Outcome::Ended(exit)) => {
+                self.guest = Guest::Waiting;
+                exit
+            }
+            Some(Outcome::Nothing) | None => exit,
+        }
+    }
+
+    /// Takes the payload out of an operation that a test has given up, by starting the vCPU anew.
+    fn restart(&mut self) -> Result<(), Errno> {
+        // What user space owes to the last exit must be paid before registers are set: KVM completes it on entry.
+        self.run_area().immediate_exit = 1;
+        let completed = ioctl::with_value(&self.fd, KVM_RUN, 0);
+        self.run_area().immediate_exit = 0;
+        if let Err(errno) = completed
+            && errno != Errno::EINTR
+        {
+            return Err(errno);
+        }
+        let payload = self.control.payload.as_ref().ok_or(Errno::EOPNOTSUPP)?;
+        payload.start(&self.fd, self.id)
     }
 
     /// KVM_RUN until the guest leaves, is kicked, or its time is up.
@@ -85,8 +153,20 @@ impl Vcpu for KvmVcpu {
         self.id
     }
 
-    fn execute(&mut self, _op: GuestOp) -> Exit {
-        Exit::Failed { errno: Errno::EOPNOTSUPP, reason: KVM_EXIT_UNKNOWN }
+    fn execute(&mut self, op: GuestOp) -> Exit {
+        let ready = match self.guest {
+            Guest::None => Err(Errno::EOPNOTSUPP),
+            Guest::Waiting => Ok(()),
+            Guest::Busy => self.restart(),
+        };
+        if let Err(errno) = ready {
+            return Exit::Failed { errno, reason: KVM_EXIT_UNKNOWN };
+        }
+        if let Some(mailbox) = self.control.mailbox() {
+            mailbox.post(op);
+        }
+        self.guest = Guest::Busy;
+        self.run_command()
     }
 
     fn resume(&mut self, reply: Reply) -> Exit {
@@ -96,7 +176,7 @@ impl Vcpu for KvmVcpu {
             Reply::MmioRead(value) => data.mmio.data = value.to_le_bytes(),
             Reply::Hypercall(value) => data.hypercall.ret = value,
         }
-        self.enter()
+        self.run_command()
     }
 
     fn set_time_limit(&mut self, limit: Duration) {

@@ -2,6 +2,7 @@
 
 use super::gmem::KvmGuestMemfd;
 use super::mapping::errno_of;
+use super::payload::Payload;
 use super::vcpu::KvmVcpu;
 use super::{ioctl, stats};
 use crate::machine::{
@@ -33,7 +34,8 @@ const NOT_OPEN: RawFd = i32::MAX;
 pub(super) struct KvmVm {
     fd: VmFd,
     kvm: Arc<Kvm>,
-    nr_memslots: u32,
+    first_reserved_slot: u32,
+    payload: Option<Arc<Payload>>,
 }
 
 /// KVM_CREATE_VM.
@@ -46,10 +48,14 @@ impl KvmVm {
     pub(super) fn create(kvm: &Arc<Kvm>, vm_type: VmType, config: VmConfig) -> Result<KvmVm, Errno> {
         let fd = create_vm_fd(kvm, vm_type.number())?;
         let nr_memslots = ioctl::with_value(&fd, KVM_CHECK_EXTENSION, u64::from(KVM_CAP_NR_MEMSLOTS))? as u32;
-        match config {
-            VmConfig::Bare => Ok(KvmVm { fd, kvm: Arc::clone(kvm), nr_memslots }),
-            VmConfig::Payload { .. } => Err(Errno::ENOSYS),
-        }
+        let (first_reserved_slot, payload) = match config {
+            VmConfig::Bare => (nr_memslots, None),
+            VmConfig::Payload { vcpus } => {
+                let slot = nr_memslots - 1;
+                (slot, Some(Arc::new(Payload::install(kvm, &fd, slot, vcpus)?)))
+            }
+        };
+        Ok(KvmVm { fd, kvm: Arc::clone(kvm), first_reserved_slot, payload })
     }
 
     /// Issues a memory region ioctl with the file that the region names.
@@ -147,7 +153,7 @@ impl Vm for KvmVm {
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, Errno> {
-        Ok(Box::new(KvmVcpu::create(&self.fd, id)?))
+        Ok(Box::new(KvmVcpu::create(&self.fd, id, self.payload.clone())?))
     }
 
     fn statistic(&self, name: &str) -> Result<u64, Errno> {
@@ -155,7 +161,7 @@ impl Vm for KvmVm {
     }
 
     fn first_reserved_slot(&self) -> u32 {
-        self.nr_memslots
+        self.first_reserved_slot
     }
 
     fn raw_fd(&self) -> Option<RawFd> {

@@ -1,0 +1,133 @@
+//! The payload in a KVM VM: its memory, its slot, and the start of its vCPUs.
+
+use super::ioctl;
+use crate::guest::{BootParameter, InitialState, Mailbox, boot::Segment, image, layout};
+use crate::machine::Errno;
+use crate::uapi::bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
+};
+use crate::uapi::kvm::KVM_SET_USER_MEMORY_REGION;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// `IA32_FMASK`.
+const MSR_FMASK: u32 = 0xc000_0084;
+
+/// The payload's memory, in a slot of one VM.
+pub(super) struct Payload {
+    memory: GuestMemoryMmap,
+    vcpus: u32,
+    parameter: BootParameter,
+    cpuid: CpuId,
+}
+
+impl Payload {
+    /// Puts the payload into a VM, in slot `slot`, for vCPUs with ids below `vcpus`.
+    ///
+    /// # Errors
+    /// EINVAL for more vCPUs than the payload has areas for, or the errno of the call that failed.
+    pub(super) fn install(kvm: &Kvm, vm: &VmFd, slot: u32, vcpus: u32) -> Result<Payload, Errno> {
+        if vcpus == 0 || vcpus > layout::MAX_VCPUS {
+            return Err(Errno::EINVAL);
+        }
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(layout::BASE), layout::SIZE as usize)])
+            .map_err(|_| Errno::ENOMEM)?;
+        memory.write_slice(image::bytes(), GuestAddress(layout::CODE)).map_err(|_| Errno::EFAULT)?;
+        let base = memory.get_host_address(GuestAddress(layout::BASE)).map_err(|_| Errno::EFAULT)?;
+        let mut region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: layout::BASE,
+            memory_size: layout::SIZE,
+            userspace_addr: base as u64,
+        };
+        // SAFETY: the structure is the ioctl's. The memory belongs to this value, which every vCPU of the VM holds.
+        unsafe { ioctl::with_struct(vm, KVM_SET_USER_MEMORY_REGION, &mut region) }?;
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| Errno::from_raw(error.errno()))?;
+        Ok(Payload { memory, vcpus, parameter: boot_parameter(), cpuid })
+    }
+
+    /// The mailbox of a vCPU.
+    pub(super) fn mailbox(&self, vcpu: u32) -> Mailbox<'_> {
+        Mailbox::new(&self.memory, vcpu)
+    }
+
+    /// How many vCPUs were asked for.
+    pub(super) fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
+    /// Gives a new vCPU the CPUID that the host supports; long mode depends on it.
+    pub(super) fn prepare(&self, vcpu: &VcpuFd) -> Result<(), Errno> {
+        vcpu.set_cpuid2(&self.cpuid).map_err(|error| Errno::from_raw(error.errno()))
+    }
+
+    /// Puts a vCPU into its initial state, from which it boots the payload and waits for a command.
+    pub(super) fn start(&self, vcpu: &VcpuFd, id: u32) -> Result<(), Errno> {
+        let leaf_1 = self.cpuid.as_slice().iter().find(|entry| entry.function == 1);
+        let state = InitialState::new(id, self.parameter, 48, leaf_1.map_or(0, |entry| entry.eax));
+        let set = || {
+            let mut sregs = vcpu.get_sregs()?;
+            fill_sregs(&mut sregs, &state);
+            vcpu.set_sregs(&sregs)?;
+            let fmask = kvm_msr_entry { index: MSR_FMASK, data: state.fmask, ..Default::default() };
+            vcpu.set_msrs(&Msrs::from_entries(&[fmask]).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?)?;
+            vcpu.set_regs(&kvm_regs {
+                rip: state.rip,
+                rflags: state.rflags,
+                rbx: state.rbx,
+                rcx: state.rcx,
+                r8: state.rcx,
+                rdx: state.rdx,
+                rsi: state.rsi,
+                ..Default::default()
+            })
+        };
+        set().map_err(|error: kvm_ioctls::Error| Errno::from_raw(error.errno()))
+    }
+}
+
+/// Which hypercall instruction the CPU has: KVM does not patch VMCALL into VMMCALL where it may not write to the code.
+fn boot_parameter() -> BootParameter {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    // "Auth" and "Hygo" in EBX.
+    if matches!(&vendor.ebx.to_le_bytes(), b"Auth" | b"Hygo") { BootParameter::Vmmcall } else { BootParameter::Vmcall }
+}
+
+fn fill_sregs(sregs: &mut kvm_sregs, state: &InitialState) {
+    sregs.cs = segment(state.cs);
+    for register in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+        *register = segment(state.data);
+    }
+    sregs.ldt = segment(state.ldtr);
+    sregs.tr = segment(state.tr);
+    sregs.gdt = kvm_dtable { base: 0, limit: state.gdt_limit, padding: [0; 3] };
+    sregs.idt = kvm_dtable { base: 0, limit: state.idt_limit, padding: [0; 3] };
+    sregs.cr0 = state.cr0;
+    sregs.cr2 = 0;
+    sregs.cr3 = 0;
+    sregs.cr4 = state.cr4;
+    sregs.efer = state.efer;
+    sregs.interrupt_bitmap = [0; 4];
+}
+
+fn segment(segment: Segment) -> kvm_segment {
+    let rights = segment.access_rights;
+    let bit = |n: u32| (rights >> n & 1) as u8;
+    kvm_segment {
+        base: segment.base,
+        limit: segment.limit,
+        selector: segment.selector,
+        type_: (rights & 15) as u8,
+        s: bit(4),
+        dpl: (rights >> 5 & 3) as u8,
+        present: bit(7),
+        avl: bit(12),
+        l: bit(13),
+        db: bit(14),
+        g: bit(15),
+        unusable: bit(16),
+        padding: 0,
+    }
+}
