@@ -213,10 +213,10 @@ fn every_suite_of_the_command_is_listed_with_its_promises() {
     let list: serde_json::Value = serde_json::from_str(&stdout(&output)).expect("JSON");
     assert_eq!(list["schema"], "gmemtest-tests/1");
     let tests = list["tests"].as_array().expect("a list");
-    assert!(
-        tests.len() > 6 && tests.iter().all(|test| test["doc"].as_str().is_some_and(|doc| doc.len() > 40)),
-        "{list}"
-    );
+    assert!(tests.len() > 120, "{} claims", tests.len());
+    for test in tests {
+        assert!(test["doc"].as_str().is_some_and(|doc| doc.ends_with('.')), "{test}");
+    }
 }
 
 #[test]

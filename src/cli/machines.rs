@@ -2,6 +2,8 @@
 
 use crate::harness::Stop;
 use crate::harness::child::Opener;
+use crate::harness::known::KnownIssues;
+use crate::harness::watch::Watch;
 use crate::kvm::KvmMachine;
 use crate::machine::{Facility, Family, Machine, MachineSpec, SkipKind, SpecError, VmType};
 use crate::sim::{Profile, SimMachine};
@@ -13,6 +15,10 @@ pub struct Machines {
     pub open: Opener,
     /// What `auto` stands for here; never empty.
     pub auto: fn() -> Vec<MachineSpec>,
+    /// Starts to watch the kernel that they run on, and says what cannot be watched.
+    pub watch: fn() -> (Watch, Vec<String>),
+    /// The kernel bugs that their tests are known to fail on.
+    pub known: fn() -> Result<KnownIssues, String>,
 }
 
 /// Every spec without options.
@@ -20,7 +26,7 @@ pub const SPECS: &[&str] =
     &["kvm:default", "kvm:sw-protected", "kvm:tdx", "sim:default", "sim:sw-protected", "sim:tdx"];
 
 /// The machines of this program.
-pub static EVERY: Machines = Machines { open, auto };
+pub static EVERY: Machines = Machines { open, auto, watch: Watch::start, known: KnownIssues::embedded };
 
 /// Opens a machine.
 ///

@@ -69,7 +69,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
     with_arguments(suites, machines, |arguments| {
         let parsed: Gmemtest = parse(&arguments)?;
         match parsed.command {
-            Command::Run(options) => run::run(&options, suites, machines, &["gmemtest".to_owned(), "run".to_owned()]),
+            Command::Run(options) => run::run(&options, suites, machines, &[program(&arguments), "run".to_owned()]),
             Command::List(options) => list::list(&options, suites, machines),
             Command::Probe(options) => probe::probe(&options, machines),
             Command::Vm(options) => vm::vm(&options, suites, machines),
@@ -91,9 +91,13 @@ pub fn selftest_main_on(suites: &[&'static Suite], machines: &Machines) -> ExitC
         if parsed.list {
             return list::names(&parsed.run, suites);
         }
-        let program = arguments.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        run::run(&parsed.run, suites, machines, &[program])
+        run::run(&parsed.run, suites, machines, &[program(&arguments)])
     })
+}
+
+/// How this program was called.
+fn program(arguments: &[OsString]) -> String {
+    arguments.first().map_or_else(|| "gmemtest".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// Runs one claim when the runner started this process, else the command; a failure becomes its one line.

@@ -14,7 +14,6 @@ use super::values;
 use crate::harness::event::{Event, Listener, RunInfo};
 use crate::harness::exit::ExitStyle;
 use crate::harness::journal::Journal;
-use crate::harness::known::KnownIssues;
 use crate::harness::outcome::Skipped;
 use crate::harness::plan::Plan;
 use crate::harness::runner::{self, OnFailure, Options, Rounds};
@@ -132,7 +131,8 @@ pub(super) fn run(
         timeout: arguments.timeout,
         on_failure: if arguments.until_fail { OnFailure::Stop } else { OnFailure::GoOn },
         strict: arguments.strict_kinds()?,
-        known: KnownIssues::embedded()?,
+        known: (machines.known)()?,
+        watch: machines.watch,
         absent: absent(&plan, machines),
         journal,
     };

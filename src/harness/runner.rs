@@ -1,6 +1,10 @@
 //! Runs a plan: starts processes, waits for what happens to them, tells the listener.
 //!
 //! One thread and one poll(2): descriptors of the running tests, of the kernel log and of the signals that end a run.
+//!
+//! What a test costs besides its own code (`duration_us` less `test_us` of a [`Record`]: a process, its capture, its
+//! judgement, its report) was measured with a release build on 2 virtual CPUs of an AMD EPYC that were six times
+//! overcommitted: 1.0 ms median over 200 tests, 2.3 ms of wall-clock time and 1.4 ms of CPU time a test in the mean.
 
 use std::collections::VecDeque;
 use std::io;
@@ -56,6 +60,8 @@ pub struct Options {
     pub strict: Vec<SkipKind>,
     /// Kernel bugs that may explain a failure.
     pub known: KnownIssues,
+    /// Starts to watch the kernel, and says what cannot be watched.
+    pub watch: fn() -> (Watch, Vec<String>),
     /// Machines of the plan that are not to be had here: their claims are skipped without a process.
     pub absent: Vec<(MachineSpec, Skipped)>,
     /// Where results are kept as they come, and those of an earlier, interrupted run.
@@ -100,7 +106,7 @@ struct Runner<'a> {
 pub fn run(info: &RunInfo, plan: &Plan, options: &mut Options, listener: &mut dyn Listener) -> io::Result<Ended> {
     become_subreaper()?;
     let interrupts = Interrupts::block()?;
-    let (watch, remarks) = Watch::start();
+    let (watch, remarks) = (options.watch)();
     listener.hear(&Event::RunStarted { info, plan })?;
     for remark in &remarks {
         listener.hear(&Event::Remark(remark))?;

@@ -33,6 +33,11 @@ impl Watch {
         (Watch { log, taint }, remarks)
     }
 
+    /// A watch on `log`, and on the taint of the running kernel.
+    pub fn over(log: KernelLog) -> Watch {
+        Watch { log: Some(log), taint: Taint::now().unwrap_or_default() }
+    }
+
     /// A descriptor that polls readable when there is something to look at.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.log.as_ref().map(KernelLog::fd)

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 /// A reader of `/dev/kmsg` that starts at the end and returns each record once.
@@ -64,6 +64,12 @@ impl KernelLog {
         let device = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open("/dev/kmsg")?;
         nix::unistd::lseek(&device, 0, nix::unistd::Whence::SeekEnd)?;
         Ok(KernelLog { device, last: None })
+    }
+
+    /// A log that comes over another descriptor: records as `/dev/kmsg` gives them, one a read(2), and EAGAIN when there
+    /// is none.
+    pub fn over(device: impl Into<OwnedFd>) -> KernelLog {
+        KernelLog { device: File::from(device.into()), last: None }
     }
 
     /// A descriptor that polls readable when there is a new record.
