@@ -11,5 +11,6 @@ pub mod machine;
 pub mod observe;
 pub mod report;
 pub mod rig;
+pub mod script;
 pub mod sim;
 pub mod uapi;

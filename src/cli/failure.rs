@@ -47,7 +47,7 @@ impl From<clap::Error> for Failure {
         match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Failure::Shown(error),
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                Failure::Usage("expected a subcommand: run, list, probe; try --help".to_owned())
+                Failure::Usage("expected a subcommand: run, list, probe, vm, seam; try --help".to_owned())
             }
             _ => Failure::Usage(one_line(&error.to_string())),
         }

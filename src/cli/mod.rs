@@ -8,6 +8,7 @@ mod list;
 pub mod machines;
 mod probe;
 mod run;
+mod seam;
 mod values;
 mod vm;
 
@@ -41,6 +42,8 @@ enum Command {
     Probe(probe::ProbeArguments),
     /// Boot a kernel under QEMU and run a command in it.
     Vm(vm::VmArguments),
+    /// Run SEAMCALL scripts against the simulated TDX module.
+    Seam(seam::SeamArguments),
     /// Print a completion script for a shell.
     #[command(hide = true)]
     Completions(generate::CompletionsArguments),
@@ -73,6 +76,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::List(options) => list::list(&options, suites, machines),
             Command::Probe(options) => probe::probe(&options, machines),
             Command::Vm(options) => vm::vm(&options, suites, machines),
+            Command::Seam(options) => seam::seam(&options),
             Command::Completions(options) => generate::completions(&options, Gmemtest::command()),
             Command::Man => generate::man(Gmemtest::command()),
         }
