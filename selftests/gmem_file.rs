@@ -3,12 +3,13 @@
 use std::fs;
 use std::process::ExitCode;
 use std::thread::sleep;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use gmemtest::harness::{Context, Stop, TestResult};
 use gmemtest::machine::{Errno, FileOp, GuestMemfd, PAGE_SIZE, Protection, Vm, VmConfig};
 use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS};
 use gmemtest::{claim_eq, claim_ne, claim_ok};
+use nix::time::ClockId;
 
 gmemtest::suite! {
     /// A guest_memfd has four file operations: mmap, open, release and fallocate. Everything else the VFS refuses, or
@@ -233,14 +234,13 @@ fn owner_is_the_creator(cx: &Context) -> TestResult {
     Ok(())
 }
 
-/// Waits until the clock that stamps files is past the file's mtime, and gives that mtime.
+/// Waits until the clock that stamps files (CLOCK_REALTIME_COARSE, the time of the last tick) is past the file's mtime,
+/// and gives that mtime.
 fn wait_past_mtime(gmem: &dyn GuestMemfd) -> TestResult<i128> {
     let mtime = gmem.stat()?.modified_ns;
-    // Files are stamped with the time of the last tick, which is 10 ms at CONFIG_HZ=100.
-    let tick = Duration::from_millis(11).as_nanos() as i128;
     loop {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i128);
-        if now > mtime + tick {
+        let now = nix::time::clock_gettime(ClockId::CLOCK_REALTIME_COARSE)?;
+        if i128::from(now.tv_sec()) * 1_000_000_000 + i128::from(now.tv_nsec()) > mtime {
             return Ok(mtime);
         }
         sleep(Duration::from_millis(1));
