@@ -1,0 +1,211 @@
+//! Memory failure in a guest_memfd: what an injected one returns, what the host finds afterwards, and how a punch gets
+//! rid of it.
+
+use std::fs;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use gmemtest::harness::{ChildEnd, Context, TestResult, in_child};
+use gmemtest::machine::{Errno, GuestMemfd, HostFault, Mapping, PAGE_SIZE, Protection, Vm, VmConfig};
+use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
+use gmemtest::{claim_eq, claim_err, claim_ok, skip};
+
+gmemtest::suite! {
+    /// A page with a memory failure stays in the file, marked: who touches it is told, and data is not dropped behind
+    /// the guest's back (kvm_gmem_error_folio()). Each test takes its poison back through debugfs.
+    pub static SUITE: gmem_hwpoison needs [Vm, GuestMemfd, GmemInitShared, HwPoison, Pagemap, RealFiles] {
+        /// MADV_HWPOISON of a page that was only read is EBUSY, although the page is poisoned: the page cache keeps its
+        /// reference, and that is what memory_failure() reports. No signal is sent.
+        poisoning_a_clean_page_is_ebusy_and_sends_no_signal;
+
+        /// MADV_HWPOISON of a page that was written kills the caller with SIGBUS: its data is lost.
+        poisoning_a_dirty_page_kills_the_caller;
+
+        /// The page is marked HWPOISON.
+        poisoned_page_has_its_flag needs [PageFlags];
+
+        /// The next access of the host is SIGBUS, BUS_MCEERR_AR. A failure means that corrupted data is consumed.
+        access_to_a_poisoned_page_is_sigbus_mceerr_ar;
+
+        /// So it is through a mapping that is made afterwards.
+        access_through_a_new_mapping_is_sigbus_mceerr_ar;
+
+        /// System calls that read the page fail with EFAULT.
+        kernel_access_to_a_poisoned_page_is_efault;
+
+        /// MADV_POPULATE_READ says EHWPOISON.
+        populating_a_poisoned_page_is_ehwpoison;
+
+        /// The page stays in the file, and so do its neighbours with their contents.
+        poisoned_page_stays_in_the_file_beside_its_neighbours needs [Cachestat];
+
+        /// A punch takes the poison out of the file: a new mapping finds a page of zeroes on another frame.
+        punch_replaces_a_poisoned_page;
+
+        /// Page table entries of the poisoned page outlive the punch in mappings that are not zapped: they go with
+        /// MADV_DONTNEED, and the new page is found there too.
+        old_mapping_finds_the_new_page_after_dontneed;
+
+        /// MADV_SOFT_OFFLINE cannot move a guest_memfd page: it fails, and the page stays where it is.
+        soft_offline_leaves_the_page_where_it_is;
+    }
+}
+
+const P: u64 = PAGE_SIZE;
+const BUS_MCEERR_AR: i32 = 4;
+const UNPOISON: &str = "/sys/kernel/debug/hwpoison/unpoison-pfn";
+
+type File = (Arc<dyn Vm>, Arc<dyn GuestMemfd>);
+
+/// Takes the poison of a frame back when dropped, once the page is out of its file.
+struct Poison {
+    frame: u64,
+    gmem: Arc<dyn GuestMemfd>,
+}
+
+impl Poison {
+    /// Promises to take the poison of the page behind byte `at` back; before it is injected.
+    fn undo(gmem: &Arc<dyn GuestMemfd>, mapping: &dyn Mapping, at: u64) -> TestResult<Poison> {
+        if let Err(error) = fs::OpenOptions::new().write(true).open(UNPOISON) {
+            skip!(ConfigOff, "{UNPOISON}: {error} (CONFIG_HWPOISON_INJECT=y, and debugfs mounted: without it a page of the host would be lost until it reboots)");
+        }
+        Ok(Poison { frame: mapping.frame(at)?, gmem: Arc::clone(gmem) })
+    }
+}
+
+impl Drop for Poison {
+    fn drop(&mut self) {
+        let freed = self.gmem.punch_hole(0, 4 * P);
+        // The frame may not have been poisoned at all, which is no error here.
+        let _ = freed.is_ok() && fs::write(UNPOISON, format!("{:#x}", self.frame)).is_ok();
+    }
+}
+
+/// A file of four pages, each of which was read, and a mapping of all of it.
+fn read_once(cx: &Context) -> TestResult<(File, Box<dyn Mapping>)> {
+    let vm = cx.machine().create_vm(VmConfig::Bare)?;
+    let gmem = vm.create_guest_memfd(4 * P, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?;
+    let mapping = gmem.map(4 * P, 0, Protection::SHARED_RW)?;
+    claim_eq!(mapping.find_mismatch(0, 4 * P, 0)?, None, "a new file");
+    Ok(((vm, gmem), mapping))
+}
+
+/// The same, with its second page poisoned.
+fn poisoned(cx: &Context) -> TestResult<(File, Box<dyn Mapping>, Poison)> {
+    let (file, mapping) = read_once(cx)?;
+    let poison = Poison::undo(&file.1, &*mapping, P)?;
+    claim_err!(mapping.advise(P, P, libc::MADV_HWPOISON), Errno::EBUSY, "MADV_HWPOISON");
+    Ok((file, mapping, poison))
+}
+
+fn mceerr(offset: u64) -> HostFault {
+    HostFault { signal: libc::SIGBUS, code: BUS_MCEERR_AR, offset }
+}
+
+fn poisoning_a_clean_page_is_ebusy_and_sends_no_signal(cx: &Context) -> TestResult {
+    let ((_vm, gmem), mapping) = read_once(cx)?;
+    let _poison = Poison::undo(&gmem, &*mapping, P)?;
+    let end = in_child(|| {
+        mapping.read_u64(P).map_err(|_| Errno::EFAULT)?;
+        mapping.advise(P, P, libc::MADV_HWPOISON).map(|()| 0)
+    })?;
+    claim_eq!(end, ChildEnd::Returned(Err(Errno::EBUSY)), "MADV_HWPOISON in a child");
+    Ok(())
+}
+
+fn poisoning_a_dirty_page_kills_the_caller(cx: &Context) -> TestResult {
+    let ((_vm, gmem), mapping) = read_once(cx)?;
+    let _poison = Poison::undo(&gmem, &*mapping, P)?;
+    let end = in_child(|| {
+        mapping.write_u64(P, 1).map_err(|_| Errno::EFAULT)?;
+        mapping.advise(P, P, libc::MADV_HWPOISON).map(|()| 0)
+    })?;
+    claim_eq!(end, ChildEnd::Killed { signal: libc::SIGBUS }, "MADV_HWPOISON in a child that wrote the page");
+    Ok(())
+}
+
+fn poisoned_page_has_its_flag(cx: &Context) -> TestResult {
+    const HWPOISON: u64 = 1 << 19;
+    let (_file, _mapping, poison) = poisoned(cx)?;
+    let flags = cx.machine().page_flags(poison.frame)?;
+    claim_eq!(flags & HWPOISON, HWPOISON, "HWPOISON in {flags:#x}");
+    Ok(())
+}
+
+fn access_to_a_poisoned_page_is_sigbus_mceerr_ar(cx: &Context) -> TestResult {
+    let (_file, mapping, _poison) = poisoned(cx)?;
+    claim_err!(mapping.read(P, &mut [0]), mceerr(P), "a load");
+    claim_err!(mapping.write(P, &[1]), mceerr(P), "a store");
+    claim_eq!(mapping.find_mismatch(0, P, 0), Ok(None), "the page before");
+    claim_eq!(mapping.find_mismatch(2 * P, 2 * P, 0), Ok(None), "the pages after");
+    Ok(())
+}
+
+fn access_through_a_new_mapping_is_sigbus_mceerr_ar(cx: &Context) -> TestResult {
+    let ((_vm, gmem), _mapping, _poison) = poisoned(cx)?;
+    let new = gmem.map(4 * P, 0, Protection::SHARED_RW)?;
+    claim_err!(new.read(P, &mut [0]), mceerr(P), "a load");
+    claim_err!(new.write(P, &[1]), mceerr(P), "a store");
+    Ok(())
+}
+
+fn kernel_access_to_a_poisoned_page_is_efault(cx: &Context) -> TestResult {
+    let ((_vm, gmem), mapping, _poison) = poisoned(cx)?;
+    claim_err!(mapping.kernel_read(P), Errno::EFAULT, "through the mapping that was poisoned");
+    let new = gmem.map(4 * P, 0, Protection::SHARED_RW)?;
+    claim_err!(new.kernel_read(P), Errno::EFAULT, "through a new mapping");
+    Ok(())
+}
+
+fn populating_a_poisoned_page_is_ehwpoison(cx: &Context) -> TestResult {
+    let (_file, mapping, _poison) = poisoned(cx)?;
+    claim_err!(mapping.advise(P, P, libc::MADV_POPULATE_READ), Errno::EHWPOISON, "MADV_POPULATE_READ");
+    Ok(())
+}
+
+fn poisoned_page_stays_in_the_file_beside_its_neighbours(cx: &Context) -> TestResult {
+    let ((_vm, gmem), mapping) = read_once(cx)?;
+    mapping.fill(0, P, 0x11)?;
+    mapping.fill(2 * P, 2 * P, 0x22)?;
+    let _poison = Poison::undo(&gmem, &*mapping, P)?;
+    claim_err!(mapping.advise(P, P, libc::MADV_HWPOISON), Errno::EBUSY, "MADV_HWPOISON");
+    claim_eq!(gmem.cache_stat(0, 0)?.cached, 4, "pages in the file");
+    claim_eq!(mapping.find_mismatch(0, P, 0x11), Ok(None), "the page before");
+    claim_eq!(mapping.find_mismatch(2 * P, 2 * P, 0x22), Ok(None), "the pages after");
+    Ok(())
+}
+
+fn punch_replaces_a_poisoned_page(cx: &Context) -> TestResult {
+    let ((_vm, gmem), _mapping, poison) = poisoned(cx)?;
+    claim_ok!(gmem.punch_hole(P, P), "a punch of the poisoned page");
+    let new = gmem.map(4 * P, 0, Protection::SHARED_RW)?;
+    claim_eq!(new.find_mismatch(P, P, 0), Ok(None), "contents of the new page");
+    gmemtest::claim_ne!(new.frame(P), Ok(poison.frame), "its frame");
+    Ok(())
+}
+
+fn old_mapping_finds_the_new_page_after_dontneed(cx: &Context) -> TestResult {
+    let ((_vm, gmem), mapping, _poison) = poisoned(cx)?;
+    gmem.punch_hole(P, P)?;
+    claim_err!(mapping.read(P, &mut [0]), mceerr(P), "a load after the punch");
+    claim_ok!(mapping.advise(P, P, libc::MADV_DONTNEED), "MADV_DONTNEED");
+    claim_eq!(mapping.find_mismatch(P, P, 0), Ok(None), "contents after it");
+    Ok(())
+}
+
+fn soft_offline_leaves_the_page_where_it_is(cx: &Context) -> TestResult {
+    let ((_vm, gmem), mapping) = read_once(cx)?;
+    mapping.fill(P, P, 0x33)?;
+    let poison = Poison::undo(&gmem, &*mapping, P)?;
+    let result = mapping.advise(P, P, libc::MADV_SOFT_OFFLINE);
+    cx.note(format_args!("MADV_SOFT_OFFLINE gave {result:?}"));
+    claim_eq!(result.is_err(), true, "MADV_SOFT_OFFLINE failed");
+    claim_eq!(mapping.find_mismatch(P, P, 0x33), Ok(None), "contents");
+    claim_eq!(mapping.frame(P), Ok(poison.frame), "frame");
+    Ok(())
+}
+
+/// The stand-alone binary.
+pub fn main() -> ExitCode {
+    gmemtest::cli::selftest_main(&[&SUITE])
+}
