@@ -4,11 +4,15 @@
 use std::fs;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
-use gmemtest::harness::{ChildEnd, Context, TestResult, in_child};
-use gmemtest::machine::{Errno, GuestMemfd, HostFault, Mapping, PAGE_SIZE, Protection, Vm, VmConfig};
+use gmemtest::harness::{Context, TestResult, in_child};
+use gmemtest::machine::{
+    Errno, Exit, GuestMemfd, GuestOp, HostFault, Mapping, MemoryRegion, PAGE_SIZE, Protection, Reply, Vm, VmConfig,
+};
 use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use gmemtest::{claim_eq, claim_err, claim_ok, skip};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 gmemtest::suite! {
     /// A page with a memory failure stays in the file, marked: who touches it is told, and data is not dropped behind
@@ -18,10 +22,11 @@ gmemtest::suite! {
         /// reference, and that is what memory_failure() reports. No signal is sent.
         poisoning_a_clean_page_is_ebusy_and_sends_no_signal;
 
-        /// MADV_HWPOISON of a page that was written kills the caller with SIGBUS: its data is lost.
-        poisoning_a_dirty_page_kills_the_caller;
+        /// MADV_HWPOISON of a page that was written sends SIGBUS, BUS_MCEERR_AR with its address, to the caller: data is
+        /// lost, and the caller would have consumed it.
+        poisoning_a_dirty_page_is_sigbus_for_the_caller;
 
-        /// The page is marked HWPOISON.
+        /// The page is marked HWPOISON until the poison is taken back.
         poisoned_page_has_its_flag needs [PageFlags];
 
         /// The next access of the host is SIGBUS, BUS_MCEERR_AR. A failure means that corrupted data is consumed.
@@ -46,8 +51,13 @@ gmemtest::suite! {
         /// MADV_DONTNEED, and the new page is found there too.
         old_mapping_finds_the_new_page_after_dontneed;
 
-        /// MADV_SOFT_OFFLINE cannot move a guest_memfd page: it fails, and the page stays where it is.
+        /// MADV_SOFT_OFFLINE cannot move a guest_memfd page: it is EBUSY, and the page stays where it is.
         soft_offline_leaves_the_page_where_it_is;
+
+        /// A guest that touches the page leaves with KVM_EXIT_MEMORY_FAULT and EHWPOISON, and goes on with zeroes once
+        /// the page was punched (__kvm_gmem_get_pfn(), kvm_gmem_error_folio()). A failure means that the guest consumes
+        /// corrupted data, or is stuck with a page that user space replaced.
+        guest_access_to_a_poisoned_page_is_ehwpoison needs [Guest];
     }
 }
 
@@ -67,7 +77,10 @@ impl Poison {
     /// Promises to take the poison of the page behind byte `at` back; before it is injected.
     fn undo(gmem: &Arc<dyn GuestMemfd>, mapping: &dyn Mapping, at: u64) -> TestResult<Poison> {
         if let Err(error) = fs::OpenOptions::new().write(true).open(UNPOISON) {
-            skip!(ConfigOff, "{UNPOISON}: {error} (CONFIG_HWPOISON_INJECT=y, and debugfs mounted: without it a page of the host would be lost until it reboots)");
+            skip!(
+                ConfigOff,
+                "{UNPOISON}: {error} (CONFIG_HWPOISON_INJECT=y, and debugfs mounted: without it a page of the host would be lost until it reboots)"
+            );
         }
         Ok(Poison { frame: mapping.frame(at)?, gmem: Arc::clone(gmem) })
     }
@@ -102,33 +115,66 @@ fn mceerr(offset: u64) -> HostFault {
     HostFault { signal: libc::SIGBUS, code: BUS_MCEERR_AR, offset }
 }
 
+/// What the last SIGBUS of this process said: `si_code`, and the address. Written by [`note_signal`].
+static SIGNAL_CODE: AtomicI32 = AtomicI32::new(0);
+static SIGNAL_ADDRESS: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn note_signal(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid siginfo, and SIGBUS has an address.
+    let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as u64) };
+    SIGNAL_CODE.store(code, Ordering::Relaxed);
+    SIGNAL_ADDRESS.store(address, Ordering::Relaxed);
+}
+
+/// MADV_HWPOISON of the second page in a child, after `access` to it; gives the code of the SIGBUS that came, 0 for
+/// none. The child fails unless the call gave EBUSY and the signal, if any, named the page.
+fn signal_at_injection(
+    mapping: &dyn Mapping,
+    access: impl FnOnce() -> Result<(), HostFault>,
+) -> TestResult<Result<u64, Errno>> {
+    in_child(|| {
+        access().map_err(|_| Errno::EFAULT)?;
+        let action = SigAction::new(SigHandler::SigAction(note_signal), SaFlags::SA_SIGINFO, SigSet::empty());
+        // SAFETY: the handler stores two numbers in atomics.
+        unsafe { sigaction(Signal::SIGBUS, &action) }?;
+        match mapping.advise(P, P, libc::MADV_HWPOISON) {
+            Err(Errno::EBUSY) => {}
+            other => return Err(other.err().unwrap_or(Errno::ENODATA)),
+        }
+        let code = SIGNAL_CODE.load(Ordering::Relaxed);
+        if code != 0 && SIGNAL_ADDRESS.load(Ordering::Relaxed) & !(P - 1) != mapping.addr() + P {
+            return Err(Errno::EFAULT);
+        }
+        Ok(code as u64)
+    })?
+    .returned()
+}
+
 fn poisoning_a_clean_page_is_ebusy_and_sends_no_signal(cx: &Context) -> TestResult {
     let ((_vm, gmem), mapping) = read_once(cx)?;
     let _poison = Poison::undo(&gmem, &*mapping, P)?;
-    let end = in_child(|| {
-        mapping.read_u64(P).map_err(|_| Errno::EFAULT)?;
-        mapping.advise(P, P, libc::MADV_HWPOISON).map(|()| 0)
-    })?;
-    claim_eq!(end, ChildEnd::Returned(Err(Errno::EBUSY)), "MADV_HWPOISON in a child");
+    let code = signal_at_injection(&*mapping, || mapping.read_u64(P).map(drop))?;
+    claim_eq!(code, Ok(0), "si_code of the SIGBUS in a child that read the page, 0 for none");
     Ok(())
 }
 
-fn poisoning_a_dirty_page_kills_the_caller(cx: &Context) -> TestResult {
+fn poisoning_a_dirty_page_is_sigbus_for_the_caller(cx: &Context) -> TestResult {
     let ((_vm, gmem), mapping) = read_once(cx)?;
     let _poison = Poison::undo(&gmem, &*mapping, P)?;
-    let end = in_child(|| {
-        mapping.write_u64(P, 1).map_err(|_| Errno::EFAULT)?;
-        mapping.advise(P, P, libc::MADV_HWPOISON).map(|()| 0)
-    })?;
-    claim_eq!(end, ChildEnd::Killed { signal: libc::SIGBUS }, "MADV_HWPOISON in a child that wrote the page");
+    let code = signal_at_injection(&*mapping, || mapping.write_u64(P, 1))?;
+    claim_eq!(code, Ok(BUS_MCEERR_AR as u64), "si_code of the SIGBUS in a child that wrote the page, 0 for none");
     Ok(())
 }
 
 fn poisoned_page_has_its_flag(cx: &Context) -> TestResult {
     const HWPOISON: u64 = 1 << 19;
-    let (_file, _mapping, poison) = poisoned(cx)?;
-    let flags = cx.machine().page_flags(poison.frame)?;
+    let (_file, mapping, poison) = poisoned(cx)?;
+    let frame = poison.frame;
+    let flags = cx.machine().page_flags(frame)?;
     claim_eq!(flags & HWPOISON, HWPOISON, "HWPOISON in {flags:#x}");
+    drop((mapping, poison));
+    let flags = cx.machine().page_flags(frame)?;
+    claim_eq!(flags & HWPOISON, 0, "HWPOISON in {flags:#x}, with the page punched and the poison taken back");
     Ok(())
 }
 
@@ -197,11 +243,28 @@ fn soft_offline_leaves_the_page_where_it_is(cx: &Context) -> TestResult {
     let ((_vm, gmem), mapping) = read_once(cx)?;
     mapping.fill(P, P, 0x33)?;
     let poison = Poison::undo(&gmem, &*mapping, P)?;
-    let result = mapping.advise(P, P, libc::MADV_SOFT_OFFLINE);
-    cx.note(format_args!("MADV_SOFT_OFFLINE gave {result:?}"));
-    claim_eq!(result.is_err(), true, "MADV_SOFT_OFFLINE failed");
+    claim_err!(mapping.advise(P, P, libc::MADV_SOFT_OFFLINE), Errno::EBUSY, "MADV_SOFT_OFFLINE");
     claim_eq!(mapping.find_mismatch(P, P, 0x33), Ok(None), "contents");
     claim_eq!(mapping.frame(P), Ok(poison.frame), "frame");
+    Ok(())
+}
+
+fn guest_access_to_a_poisoned_page_is_ehwpoison(cx: &Context) -> TestResult {
+    const GPA: u64 = 1 << 32;
+    let vm = cx.machine().create_vm(VmConfig::Payload { vcpus: 1 })?;
+    let gmem = vm.create_guest_memfd(4 * P, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?;
+    let mapping = gmem.map(4 * P, 0, Protection::SHARED_RW)?;
+    vm.set_memory_region(&MemoryRegion::new(1, GPA, 4 * P).bound_to(&*gmem, 0))?;
+    let mut vcpu = vm.create_vcpu(0)?;
+    let read = GuestOp::Read { gpa: GPA + P, size: 8 };
+    claim_eq!(vcpu.execute(read), Exit::Done(0), "a guest read before");
+    mapping.read_u64(P)?;
+    let poison = Poison::undo(&gmem, &*mapping, P)?;
+    claim_err!(mapping.advise(P, P, libc::MADV_HWPOISON), Errno::EBUSY, "MADV_HWPOISON");
+    let expected = Exit::MemoryFault { errno: Errno::EHWPOISON, flags: 0, gpa: GPA + P, size: P };
+    claim_eq!(vcpu.execute(read), expected, "a guest read of the poisoned page");
+    drop(poison);
+    claim_eq!(vcpu.resume(Reply::None), Exit::Done(0), "the guest let go on after a punch");
     Ok(())
 }
 

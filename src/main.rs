@@ -27,6 +27,8 @@ selftests! {
     "../selftests/gmem_madvise.rs" gmem_madvise,
     "../selftests/gmem_vma.rs" gmem_vma,
     "../selftests/gmem_pages.rs" gmem_pages,
+    "../selftests/gmem_numa.rs" gmem_numa,
+    "../selftests/gmem_hwpoison.rs" gmem_hwpoison,
     "../selftests/binding.rs" binding,
     "../selftests/binding_lifetime.rs" binding_lifetime,
     "../selftests/guest_access.rs" guest_access,
