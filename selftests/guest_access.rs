@@ -18,11 +18,11 @@ gmemtest::suite! {
 
         /// The same with userspace_addr 0: a slot whose file has GUEST_MEMFD_FLAG_MMAP is backed by the file for every
         /// guest access (kvm_memslot_is_gmem_only()). A failure means that a VMM needs a mapping to run the guest.
-        guest_and_host_share_the_pages_without_a_userspace_addr needs [GmemMmap, GmemInitShared, GuestMmu];
+        guest_and_host_share_the_pages_without_a_userspace_addr needs [GmemMmap, GmemInitShared];
 
         /// userspace_addr is not used for guest accesses to a slot whose file has GUEST_MEMFD_FLAG_MMAP
         /// (kvm_mmu_faultin_pfn()). A failure means that the guest runs on pages that the file does not hold.
-        mappable_file_wins_over_the_userspace_addr needs [GmemMmap, GmemInitShared, GuestMmu];
+        mappable_file_wins_over_the_userspace_addr needs [GmemMmap, GmemInitShared];
 
         /// A file without GUEST_MEMFD_FLAG_MMAP is never used by a VM without private memory: the guest runs on
         /// userspace_addr and the file stays empty. A failure means that the guest's memory moved without being asked.

@@ -32,28 +32,28 @@ gmemtest::suite! {
         /// An access to a slot whose file is closed is EFAULT with KVM_EXIT_MEMORY_FAULT; flags say whether the access was
         /// private, gpa is the page, size is 4096 (kvm_gmem_get_pfn(), kvm_mmu_prepare_memory_fault_exit()). A failure
         /// means that the guest uses pages of a file that is gone, or that user space is not told.
-        access_after_the_file_is_closed_is_a_memory_fault[ACCESSES] needs [MemoryFaultInfo, GuestMmu];
+        access_after_the_file_is_closed_is_a_memory_fault[ACCESSES] needs [MemoryFaultInfo];
 
         /// A guest in a loop leaves with KVM_EXIT_MEMORY_FAULT when the last reference to the file goes (kvm_gmem_release()
         /// unmaps the guest). A failure means that the guest runs on freed pages.
-        running_guest_leaves_when_the_file_is_closed needs [MemoryFaultInfo, GuestMmu];
+        running_guest_leaves_when_the_file_is_closed needs [MemoryFaultInfo];
 
         /// A mapping keeps the file open: closing the descriptor takes nothing from the guest until the mapping goes. A
         /// failure means that release does not wait for the last reference.
-        mapping_keeps_the_file_open needs [GmemMmap, GmemInitShared, MemoryFaultInfo, GuestMmu];
+        mapping_keeps_the_file_open needs [GmemMmap, GmemInitShared, MemoryFaultInfo];
 
         /// An orphaned slot serves the guest again after it was deleted and bound to a new file. A failure means that a VM
         /// cannot recover from a closed file.
-        new_slot_with_a_new_file_serves_the_guest_again needs [MemoryFaultInfo, GuestMmu];
+        new_slot_with_a_new_file_serves_the_guest_again needs [MemoryFaultInfo];
 
         /// A shared access whose userspace_addr cannot be faulted in is EFAULT and no KVM_EXIT_MEMORY_FAULT: exit_reason
         /// stays KVM_EXIT_UNKNOWN (kvm_handle_error_pfn()). A failure means that the rules by which a VMM tells its own bug
         /// from a conversion request have changed.
-        unusable_userspace_addr_is_efault_without_an_exit[UNUSABLE] needs [GuestMmu];
+        unusable_userspace_addr_is_efault_without_an_exit[UNUSABLE];
 
         /// Each page that the guest touches is one 4 KiB mapping in the VM's statistics, and a punched page is one less
         /// (pages_4k; kvm_update_page_stats()). A failure means that guest_memfd pages are mapped twice, or not unmapped.
-        mappings_are_counted[COUNTED] needs [KvmStats, GuestMmu];
+        mappings_are_counted[COUNTED] needs [KvmStats];
 
         /// An exception of the guest's code is reported with vector, error code and RIP. A failure means that this
         /// harness would misread a broken guest as a kernel bug.
@@ -247,13 +247,11 @@ const UNUSABLE: &[(&str, Unusable)] = &[
 
 fn unusable_userspace_addr_is_efault_without_an_exit(cx: &Context, &unusable: &Unusable) -> TestResult {
     let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 1 }));
+    // Before the hole is made, so that nothing of the vCPU is mapped into it.
+    let mut vcpu = claim_ok!(vm.create_vcpu(0));
     let memory: Box<dyn Mapping> = match unusable {
         Unusable::NoAccess => claim_ok!(cx.machine().host_memory(HostMemory::NoAccess, PAGE_SIZE)),
-        Unusable::NotMapped => {
-            let memory = claim_ok!(cx.machine().host_memory(HostMemory::Anonymous, PAGE_SIZE));
-            claim_ok!(memory.unmap_part(0, PAGE_SIZE));
-            memory
-        }
+        Unusable::NotMapped => claim_ok!(cx.machine().host_memory(HostMemory::Anonymous, PAGE_SIZE)),
         Unusable::PrivateGmem => {
             cx.require(Facility::GmemMmap)?;
             let gmem = claim_ok!(vm.create_guest_memfd(PAGE_SIZE, GUEST_MEMFD_FLAG_MMAP));
@@ -261,7 +259,9 @@ fn unusable_userspace_addr_is_efault_without_an_exit(cx: &Context, &unusable: &U
         }
     };
     claim_ok!(vm.set_memory_region(&MemoryRegion::new(GmemVm::SLOT, GmemVm::GPA, PAGE_SIZE).at(memory.addr())));
-    let mut vcpu = claim_ok!(vm.create_vcpu(0));
+    if matches!(unusable, Unusable::NotMapped) {
+        claim_ok!(memory.unmap_part(0, PAGE_SIZE));
+    }
     for op in [GuestOp::read_u64(GmemVm::GPA), GuestOp::write_u64(GmemVm::GPA, 1)] {
         let exit = vcpu.execute(op);
         claim_eq!(exit, Exit::Failed { errno: Errno::EFAULT, reason: KVM_EXIT_UNKNOWN }, "{op:x?} on {unusable:?}");

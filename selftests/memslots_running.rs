@@ -36,20 +36,20 @@ gmemtest::suite! {
 
         /// Deleting one slot of a default VM drops every mapping of the VM (KVM_X86_QUIRK_SLOT_ZAP_ALL, 6.12; before it
         /// there was no choice). A failure means that the quirk is not what the capability says.
-        quirk_drops_every_mapping needs [KvmStats, GuestMmu];
+        quirk_drops_every_mapping needs [KvmStats];
 
         /// With the quirk disabled, and always for other VM types, deleting a slot drops that slot's mappings and no other
         /// (kvm_mmu_zap_memslot()). A failure means that a guest pays for a slot that it does not use, or keeps its
         /// mappings.
-        without_the_quirk_other_slots_stay_mapped needs [KvmStats, GuestMmu, SlotZapAllQuirk];
+        without_the_quirk_other_slots_stay_mapped needs [KvmStats, SlotZapAllQuirk];
 
         /// A guest whose own code and page tables are deleted ends in KVM_EXIT_SHUTDOWN or KVM_EXIT_INTERNAL_ERROR, and
         /// KVM_RUN returns (set_memory_region_test). A failure is a vCPU that spins in the kernel.
-        guest_without_its_code_stops needs [GuestMmu];
+        guest_without_its_code_stops;
 
         /// A VM without any slot cannot run: KVM_EXIT_INTERNAL_ERROR (set_memory_region_test: test_zero_memory_regions). A
         /// failure is a vCPU that spins in the kernel.
-        vm_without_slots_cannot_run needs [GuestMmu];
+        vm_without_slots_cannot_run;
     }
 }
 

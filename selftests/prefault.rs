@@ -277,16 +277,16 @@ const INACCESSIBLE: &[(&str, HostMemory)] =
 
 fn inaccessible_memory_is_efault(cx: &Context, &memory: &HostMemory) -> TestResult {
     let scene = Scene::new(cx, Backing::Ordinary)?;
-    let hole = claim_ok!(cx.machine().host_memory(memory, 2 * PAGE_SIZE));
-    claim_ok!(hole.unmap_part(PAGE_SIZE, PAGE_SIZE));
+    // Before the hole is made, so that nothing of the vCPU is mapped into it.
+    let mut vcpu = scene.vcpu()?;
+    let hole = claim_ok!(cx.machine().host_memory(memory, PAGE_SIZE));
     let at = BASE + (1 << 30);
-    let region = MemoryRegion::new(SLOT + 1, at, PAGE_SIZE);
-    claim_ok!(scene.vm.set_memory_region(&match memory {
-        HostMemory::NoAccess => region.at(hole.addr()),
-        _ => region.at(hole.addr() + PAGE_SIZE),
-    }));
+    claim_ok!(scene.vm.set_memory_region(&MemoryRegion::new(SLOT + 1, at, PAGE_SIZE).at(hole.addr())));
+    if memory != HostMemory::NoAccess {
+        claim_ok!(hole.unmap_part(0, PAGE_SIZE));
+    }
     let refused = PreFault { result: Err(Errno::EFAULT), gpa: at, size: PAGE_SIZE };
-    claim_eq!(scene.vcpu()?.pre_fault(at, PAGE_SIZE, 0), refused, "{memory:?}");
+    claim_eq!(vcpu.pre_fault(at, PAGE_SIZE, 0), refused, "{memory:?}");
     Ok(())
 }
 

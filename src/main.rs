@@ -37,6 +37,9 @@ selftests! {
     "../selftests/memslots_running.rs" memslots_running,
     "../selftests/vm_types.rs" vm_types,
     "../selftests/prefault.rs" prefault,
+    "../selftests/attributes.rs" attributes,
+    "../selftests/memory_fault.rs" memory_fault,
+    "../selftests/conversion.rs" conversion,
 }
 
 fn main() -> ExitCode {

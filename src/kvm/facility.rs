@@ -76,7 +76,6 @@ impl Facilities {
             Facility::RealFiles => Availability::present(),
             Facility::Vm => self.vm(),
             Facility::Guest => self.guest(),
-            Facility::GuestMmu => self.guest_mmu(),
             Facility::PrivateMemory => self.private_memory(),
             Facility::InPlaceConversion => self.in_place_conversion(),
             Facility::GuestMemfd => self.capability(&GUEST_MEMFD),
@@ -155,18 +154,6 @@ impl Facilities {
                 "a version of this program that does, or sim:tdx",
             ),
         }
-    }
-
-    fn guest_mmu(&self) -> Availability {
-        let guest = self.guest();
-        if !guest.is_present() || !self.emulated_kernel_mode {
-            return guest;
-        }
-        Availability::absent(
-            SkipKind::NoHardware,
-            "kvm_pvm emulates kernel-mode guest code, and its emulator reads memory at userspace_addr",
-            "a host with VMX or SVM",
-        )
     }
 
     fn private_memory(&self) -> Availability {

@@ -120,8 +120,6 @@ facilities! {
     Vm = "vm",
     /// vCPUs execute the payload's guest operations.
     Guest = "guest",
-    /// Guest accesses take KVM's page-fault path: the guest's code is executed by the CPU, not emulated by KVM, which would read userspace_addr.
-    GuestMmu = "guest-mmu",
     /// KVM_CAP_GUEST_MEMFD (234) at VM scope.
     GuestMemfd = "guest-memfd",
     /// GUEST_MEMFD_FLAG_MMAP in KVM_CAP_GUEST_MEMFD_FLAGS (244) at VM scope.
