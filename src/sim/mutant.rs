@@ -165,6 +165,14 @@ mutants! {
     ConvertSkipsZap = "convert-skips-zap",
     /// Conversion stores one page too few.
     ConvertOnePageShort = "convert-one-page-short",
+    /// A private page is removed from the S-EPT without being blocked.
+    UnmapSkipsBlock = "unmap-skips-block",
+    /// TDH.MEM.TRACK is not called.
+    UnmapSkipsTrack = "unmap-skips-track",
+    /// vCPUs are not kicked out of the guest after TRACK.
+    UnmapSkipsKick = "unmap-skips-kick",
+    /// A busy module is not asked a second time.
+    UnmapNeverRetries = "unmap-never-retries",
     /// cachestat counts one page more.
     CachestatOffByOne = "cachestat-off-by-one",
 }

@@ -1,10 +1,14 @@
 //! The whole state of a simulated machine, behind one lock.
 
 use super::gmem::GmemState;
+use super::host::Allocator;
 use super::host::{Cpu, Flags, HostState, Pfn};
+use super::mmu::tdx::TdxHost;
 use super::mmu::{Vm, VmId};
 use super::mutant::Mutant;
+use super::policy::Costs;
 use super::profile::Profile;
+use super::tdx_module::Switches;
 use crate::machine::{Errno, Release};
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,6 +24,12 @@ pub struct World {
     pub gmem: GmemState,
     /// VMs by id.
     pub vms: BTreeMap<VmId, Vm>,
+    /// The TDX module and what the kernel around it keeps, on a TDX machine.
+    pub tdx: Option<Box<TdxHost>>,
+    /// What the policy did besides unmapping.
+    pub costs: Costs,
+    /// Frames that were handed out while the TDX module owned them.
+    pub reused_while_owned: Vec<Pfn>,
     /// What the kernel would have logged.
     pub log: Vec<String>,
     /// Whether every operation checks the model's invariants.
@@ -35,10 +45,22 @@ impl World {
             host: HostState::default(),
             gmem: GmemState::default(),
             vms: BTreeMap::new(),
+            tdx: None,
+            costs: Costs::default(),
+            reused_while_owned: Vec::new(),
             log: Vec::new(),
             checks: true,
             next_id: 1,
         }
+    }
+
+    /// An empty machine with a TDX module, and frames of each order of folio for as many GiB.
+    pub fn with_tdx(profile: Profile, base_gib: u64, pmd_gib: u64, pud_gib: u64) -> World {
+        let mut world = World::new(profile);
+        let regions = TdxHost::regions(base_gib, pmd_gib, pud_gib);
+        world.host.allocator = Allocator::new(regions);
+        world.tdx = Some(Box::new(TdxHost::boot(&regions, Switches::default())));
+        world
     }
 
     /// A number that was not used before.
@@ -81,7 +103,7 @@ impl World {
             return;
         }
         if !self.mutant(Mutant::SkipZeroing) {
-            self.host.zero_folio(pfn);
+            self.zero_folio(pfn);
         }
         self.host.frames.set_flags(pfn, Flags::UPTODATE);
     }

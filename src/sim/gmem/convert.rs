@@ -2,6 +2,7 @@
 
 use super::super::World;
 use super::super::mmu::ZapFilter;
+use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mutant::Mutant;
 use super::{FileId, InodeId};
 use crate::machine::{ConvertError, Errno, PAGE_SIZE};
@@ -12,6 +13,11 @@ impl From<Errno> for ConvertError {
     fn from(errno: Errno) -> ConvertError {
         ConvertError { errno, offset: None }
     }
+}
+
+/// A private page that cannot become shared: unlike EAGAIN, trying again does not help.
+fn stuck(index: u64) -> ConvertError {
+    ConvertError { errno: Errno::EFAULT, offset: Some(index * PAGE_SIZE) }
 }
 
 impl World {
@@ -60,7 +66,7 @@ impl World {
             return Err(ConvertError { errno, offset: Some(offset) });
         }
         if !self.mutant(Mutant::ConvertSkipsZap) {
-            self.gmem_zap_bindings(inode, first, last, ZapFilter::Shared);
+            let _ = self.gmem_zap_bindings(inode, first, last, ZapFilter::Shared, ZapContext::Void);
         }
         self.store_private(inode, first, last, true);
         Ok(())
@@ -68,7 +74,10 @@ impl World {
 
     fn convert_to_shared(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(), ConvertError> {
         if !self.mutant(Mutant::ConvertSkipsZap) {
-            self.gmem_zap_bindings(inode, first, last, ZapFilter::Private);
+            self.gmem_zap_bindings(inode, first, last, ZapFilter::Private, ZapContext::Fallible).map_err(stuck)?;
+            if let Some(index) = self.policy_still_in_use(inode, first, last) {
+                return Err(stuck(index));
+            }
         }
         self.store_private(inode, first, last, false);
         Ok(())

@@ -2,6 +2,7 @@
 
 use super::super::World;
 use super::super::host::{Cpu, Holder};
+use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mutant::Mutant;
 use super::file::MAX_FILE_SIZE;
 use super::{FileId, InodeId};
@@ -42,7 +43,8 @@ impl World {
     /// fallocate(2) on a guest_memfd.
     ///
     /// # Errors
-    /// EBADF, EINVAL, EOPNOTSUPP, EFBIG, EINVAL (alignment, size), ENOMEM.
+    /// EBADF, EINVAL, EOPNOTSUPP, EFBIG, EINVAL (alignment, size), ENOMEM; EFAULT from a punch, with nothing punched, when a
+    /// private page cannot be unmapped and the policy reports it.
     pub fn gmem_fallocate(&mut self, file: FileId, mode: i32, offset: i64, len: i64) -> Result<(), Errno> {
         let inode = self.gmem.files.get(&file).ok_or(Errno::EBADF)?.inode;
         let unsupported = if self.mutant(Mutant::FallocateModeIsEinval) { Errno::EINVAL } else { Errno::EOPNOTSUPP };
@@ -99,7 +101,8 @@ impl World {
             () => last,
         };
         if !self.mutant(Mutant::PunchSkipsZap) {
-            self.gmem_zap_bindings(inode, first, last, self.punch_filter(inode));
+            let filter = self.punch_filter(inode);
+            self.gmem_zap_bindings(inode, first, last, filter, ZapContext::Fallible).map_err(|_| Errno::EFAULT)?;
         }
         self.gmem_truncate(inode, first, last.min(MAX_FILE_SIZE / PAGE_SIZE));
         Ok(())

@@ -2,6 +2,7 @@
 
 use super::super::host::mm::{PoisonEntries, TASK_SIZE};
 use super::super::host::{Backing, Vma};
+use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mmu::{SlotKey, VmId, ZapFilter};
 use super::super::mutant::Mutant;
 use super::super::{RangeMap, World};
@@ -66,7 +67,15 @@ impl World {
         let modified_ns = self.now_ns();
         self.gmem.inodes.insert(
             inode,
-            Inode { number, size, flags, pages: BTreeMap::new(), converted: RangeMap::default(), modified_ns },
+            Inode {
+                number,
+                size,
+                flags,
+                pages: BTreeMap::new(),
+                converted: RangeMap::default(),
+                mapped_counts: RangeMap::default(),
+                modified_ns,
+            },
         );
         let file = self.fresh_id();
         self.gmem.files.insert(file, super::File { vm, inode, descriptors: 1, bindings: Vec::new() });
@@ -102,7 +111,7 @@ impl World {
             state.slots.forget_file(file);
         }
         if !self.mutant(Mutant::CloseSkipsZap) {
-            self.gmem_zap_bindings(inode, 0, u64::MAX, self.punch_filter(inode));
+            self.gmem_zap_void(inode, 0, u64::MAX);
         }
         self.gmem.files.remove(&file);
         self.gmem_truncate(inode, 0, u64::MAX);
@@ -121,8 +130,24 @@ impl World {
         }
     }
 
+    /// Unmaps pages of an inode from every guest, where nobody can take an error.
+    pub fn gmem_zap_void(&mut self, inode: InodeId, first: u64, last: u64) {
+        let done = self.gmem_zap_bindings(inode, first, last, self.punch_filter(inode), ZapContext::Void);
+        debug_assert!(done.is_ok(), "{done:?}");
+    }
+
     /// Unmaps from every guest the pages `first..last` of an inode, by the bindings of its files.
-    pub fn gmem_zap_bindings(&mut self, inode: InodeId, first: u64, last: u64, filter: ZapFilter) {
+    ///
+    /// # Errors
+    /// Index of the first page that stays mapped, under a policy that reports it.
+    pub fn gmem_zap_bindings(
+        &mut self,
+        inode: InodeId,
+        first: u64,
+        last: u64,
+        filter: ZapFilter,
+        context: ZapContext,
+    ) -> Result<(), u64> {
         let bindings: Vec<(VmId, Binding)> = self
             .gmem
             .files
@@ -134,10 +159,13 @@ impl World {
             let (from, to) = (first.max(binding.pgoff), last.min(binding.pgoff.saturating_add(binding.pages)));
             let Some(slot) = self.vms.get(&vm).and_then(|vm| vm.slots.get(binding.slot)) else { continue };
             if from < to {
-                let gfn = slot.base_gfn + (from - binding.pgoff);
-                self.zap_gfns(vm, gfn, gfn + (to - from), filter);
+                let base_gfn = slot.base_gfn;
+                let gfn = base_gfn + (from - binding.pgoff);
+                self.zap_gfns(vm, gfn, gfn + (to - from), filter, context)
+                    .map_err(|error| binding.pgoff + (error.gfn.max(gfn) - base_gfn))?;
             }
         }
+        Ok(())
     }
 
     /// Unmaps pages `first..last` of an inode from the host's page tables.

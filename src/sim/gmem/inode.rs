@@ -23,6 +23,8 @@ pub struct Inode {
     pub pages: BTreeMap<u64, Pfn>,
     /// Pages whose shareability is not the one that the file was created with.
     pub converted: RangeMap<bool>,
+    /// How often each page is mapped into a S-EPT, as the policy `gfn-count` has it.
+    pub mapped_counts: RangeMap<u32>,
     /// mtime, nanoseconds since the epoch.
     pub modified_ns: i128,
 }
@@ -71,7 +73,7 @@ impl World {
         if let Some(pfn) = self.gmem_lookup(inode, index) {
             return Ok(pfn);
         }
-        let pfn = self.host.alloc_folio(Order::Base, Holder::PageCache)?;
+        let pfn = self.alloc_folio(Order::Base, Holder::PageCache)?;
         self.host.frames.set_mapping(pfn, Some((inode, index)));
         self.host.frames.set_flags(pfn, Flags::UNEVICTABLE);
         self.gmem.inodes.get_mut(&inode).expect("the file is open").pages.insert(index, pfn);
@@ -87,11 +89,13 @@ impl World {
         }
         let Some(node) = self.gmem.inodes.get_mut(&inode) else { return };
         let indices: Vec<u64> = node.pages.range(first..last).map(|(index, _)| *index).collect();
-        let folios: Vec<Pfn> = indices.into_iter().filter_map(|index| node.pages.remove(&index)).collect();
+        let folios: Vec<(u64, Pfn)> =
+            indices.into_iter().filter_map(|index| Some((index, node.pages.remove(&index)?))).collect();
         if !folios.is_empty() {
             self.drain_local_lru();
         }
-        for pfn in folios {
+        for (index, pfn) in folios {
+            self.policy_before_release(inode, index, pfn);
             let (_, pages) = self.host.frames.extent(pfn);
             self.host.frames.set_mapping(pfn, None);
             if self.mutant(Mutant::PunchFreesPinned) && self.host.frames.refs(pfn) > 1 {

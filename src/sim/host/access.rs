@@ -58,8 +58,8 @@ impl World {
     }
 
     fn fresh_page(&mut self, order: Order, holder: Holder) -> Result<Pfn, AccessError> {
-        let pfn = self.host.alloc_folio(order, holder).map_err(|_| AccessError::OutOfMemory)?;
-        self.host.zero_folio(pfn);
+        let pfn = self.alloc_folio(order, holder).map_err(|_| AccessError::OutOfMemory)?;
+        self.zero_folio(pfn);
         self.host.frames.set_flags(pfn, Flags::UPTODATE);
         Ok(pfn)
     }

@@ -39,15 +39,27 @@ impl Order {
     }
 }
 
-/// First frame of each order's own region; regions do not meet.
-const FIRST: [Pfn; 3] = [1 << 16, 1 << 30, 1 << 34];
-/// One past the last frame of each region.
-const LIMIT: [Pfn; 3] = [1 << 30, 1 << 34, 1 << 36];
+/// Where the frames of each order of folio lie; regions do not meet.
+#[derive(Clone, Copy, Debug)]
+pub struct Regions {
+    /// First frame, by order.
+    pub first: [Pfn; 3],
+    /// One past the last frame, by order.
+    pub limit: [Pfn; 3],
+}
+
+impl Default for Regions {
+    /// As much as a physical address of 48 bits reaches.
+    fn default() -> Regions {
+        Regions { first: [1 << 16, 1 << 30, 1 << 34], limit: [1 << 30, 1 << 34, 1 << 36] }
+    }
+}
 
 /// Free frames of every order. Orders above base are a pool in the manner of hugetlb: frames of a split folio come back
 /// one by one and stay base pages until they are merged.
 #[derive(Debug)]
 pub struct Allocator {
+    regions: Regions,
     next: [Pfn; 3],
     free: [Vec<Pfn>; 3],
     retired: u64,
@@ -57,11 +69,23 @@ pub struct Allocator {
 
 impl Default for Allocator {
     fn default() -> Allocator {
-        Allocator { next: FIRST, free: Default::default(), retired: 0, failures: VecDeque::new(), pool_limit: None }
+        Allocator::new(Regions::default())
     }
 }
 
 impl Allocator {
+    /// Every frame of the regions is free.
+    pub fn new(regions: Regions) -> Allocator {
+        Allocator {
+            regions,
+            next: regions.first,
+            free: Default::default(),
+            retired: 0,
+            failures: VecDeque::new(),
+            pool_limit: None,
+        }
+    }
+
     /// Takes a folio's frames.
     ///
     /// # Errors
@@ -80,8 +104,9 @@ impl Allocator {
             return Ok(pfn);
         }
         let pfn = self.next[slot];
-        let used = (pfn - FIRST[slot]) / order.pages();
-        if pfn + order.pages() > LIMIT[slot] || (order != Order::Base && self.pool_limit.is_some_and(|max| used >= max))
+        let used = (pfn - self.regions.first[slot]) / order.pages();
+        if pfn + order.pages() > self.regions.limit[slot]
+            || (order != Order::Base && self.pool_limit.is_some_and(|max| used >= max))
         {
             return Err(Errno::ENOMEM);
         }
@@ -104,9 +129,9 @@ impl Allocator {
         self.retired
     }
 
-    /// Whether a base frame is on the free list.
-    pub fn is_free(&self, pfn: Pfn) -> bool {
-        self.free.iter().any(|list| list.contains(&pfn))
+    /// First frames of the folios that came back and wait to be handed out again.
+    pub fn free_frames(&self) -> impl Iterator<Item = Pfn> + '_ {
+        self.free.iter().flatten().copied()
     }
 
     /// Makes an allocation fail: the one after `after` further successful ones.

@@ -12,6 +12,7 @@ pub mod content;
 pub mod folio;
 pub mod lru;
 pub mod mm;
+pub mod phys;
 pub mod vma;
 
 pub use access::Locking;
@@ -20,9 +21,10 @@ pub use content::Contents;
 pub use folio::{Flags, Folio, Frames, Holder};
 pub use lru::{Cpu, LruBatches};
 pub use mm::{AccessError, AddressSpace};
+pub use phys::Poisoned;
 pub use vma::{Backing, Pte, Vma};
 
-use crate::machine::{Errno, PAGE_SIZE};
+use crate::machine::Errno;
 
 /// A page frame number.
 pub type Pfn = u64;
@@ -92,12 +94,6 @@ impl HostState {
         }
     }
 
-    /// Zeroes a folio.
-    pub fn zero_folio(&mut self, pfn: Pfn) {
-        let (head, pages) = self.frames.extent(pfn);
-        self.contents.fill(head * PAGE_SIZE, pages * PAGE_SIZE, 0);
-    }
-
     /// Host frames that somebody holds, in pages.
     pub fn pages_in_use(&self) -> u64 {
         self.frames.pages()
@@ -107,6 +103,7 @@ impl HostState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::PAGE_SIZE;
 
     #[test]
     fn a_fresh_folio_has_one_reference_and_the_lru_batch_hides_another() {

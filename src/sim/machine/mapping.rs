@@ -2,7 +2,7 @@
 
 use super::super::World;
 use super::super::gmem::fault::Access;
-use super::super::host::{AccessError, Cpu, Locking, Pfn};
+use super::super::host::{AccessError, Cpu, Locking, Pfn, Poisoned};
 use super::Shared;
 use crate::machine::{Errno, HoldKind, HostFault, Mapping, PAGE_SIZE};
 use std::any::Any;
@@ -59,7 +59,7 @@ impl SimMapping {
         at: u64,
         len: u64,
         access: Access,
-        mut action: impl FnMut(&mut World, u64, u64, u64) -> Option<R>,
+        mut action: impl FnMut(&mut World, u64, u64, u64) -> Result<Option<R>, Poisoned>,
     ) -> Result<Option<R>, HostFault> {
         self.shared.with(|world| {
             let mut done = 0;
@@ -67,7 +67,8 @@ impl SimMapping {
                 let addr = self.addr + at + done;
                 let part = (PAGE_SIZE - addr % PAGE_SIZE).min(len - done);
                 let pa = world.host_translate(addr, access, Cpu::Host).map_err(|error| signal(error, at + done))?;
-                if let Some(found) = action(world, pa, done, part) {
+                let found = action(world, pa, done, part).map_err(|_| signal(AccessError::Poisoned, at + done))?;
+                if let Some(found) = found {
                     return Ok(Some(found));
                 }
                 done += part;
@@ -96,31 +97,31 @@ impl Mapping for SimMapping {
     fn read(&self, at: u64, buf: &mut [u8]) -> Result<(), HostFault> {
         let len = buf.len() as u64;
         self.pieces(at, len, Access::Read, |world, pa, done, part| {
-            world.host.contents.read(pa, &mut buf[done as usize..(done + part) as usize]);
-            None::<()>
+            world.read_phys(pa, &mut buf[done as usize..(done + part) as usize])?;
+            Ok(None::<()>)
         })?;
         Ok(())
     }
 
     fn write(&self, at: u64, data: &[u8]) -> Result<(), HostFault> {
         self.pieces(at, data.len() as u64, Access::Write, |world, pa, done, part| {
-            world.host.contents.write(pa, &data[done as usize..(done + part) as usize]);
-            None::<()>
+            world.write_phys(pa, &data[done as usize..(done + part) as usize])?;
+            Ok(None::<()>)
         })?;
         Ok(())
     }
 
     fn fill(&self, at: u64, len: u64, byte: u8) -> Result<(), HostFault> {
         self.pieces(at, len, Access::Write, |world, pa, _, part| {
-            world.host.contents.fill(pa, part, byte);
-            None::<()>
+            world.fill_phys(pa, part, byte)?;
+            Ok(None::<()>)
         })?;
         Ok(())
     }
 
     fn find_mismatch(&self, at: u64, len: u64, byte: u8) -> Result<Option<(u64, u8)>, HostFault> {
         self.pieces(at, len, Access::Read, |world, pa, done, part| {
-            world.host.contents.find_mismatch(pa, part, byte).map(|(offset, found)| (at + done + offset, found))
+            Ok(world.mismatch_phys(pa, part, byte)?.map(|(offset, found)| (at + done + offset, found)))
         })
     }
 

@@ -1,12 +1,15 @@
 //! The seam's traits on the model.
 //!
 //! [`SimMachine`] is the machine; `vm`, `gmem`, `mapping` and `vcpu` are its handles, each of which closes what it
-//! stands for when it is dropped; `exec` executes guest operations; `facility` says what the model has.
+//! stands for when it is dropped; `exec` executes guest operations with the accesses of `guest` and the hypercall of
+//! `tdvmcall`; `facility` says what the model has.
 
 mod exec;
 mod facility;
 mod gmem;
+mod guest;
 mod mapping;
+mod tdvmcall;
 mod vcpu;
 mod vm;
 
@@ -89,10 +92,11 @@ impl SimMachine {
             return Err(SpecError(format!("machine '{spec}' is not a sim machine")));
         }
         let profile = Profile::from_spec(spec)?;
-        if spec.vm_type == VmType::Tdx {
-            return Err(SpecError(format!("machine '{spec}': use sim:default or sim:sw-protected")));
-        }
-        let world = Mutex::new(World::new(profile.clone()));
+        let world = match spec.vm_type {
+            VmType::Tdx => World::with_tdx(profile.clone(), 4, 4, 8),
+            VmType::Default | VmType::SwProtected => World::new(profile.clone()),
+        };
+        let world = Mutex::new(world);
         Ok(SimMachine { spec: spec.clone(), profile, shared: Arc::new(Shared { world, waiting: AtomicU32::new(0) }) })
     }
 

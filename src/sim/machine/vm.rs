@@ -27,6 +27,13 @@ impl SimVm {
             let id = world.create_vm(vm_type)?;
             if let (VmConfig::Payload { vcpus }, Some(vm)) = (config, world.vms.get_mut(&id)) {
                 vm.payload_vcpus = Some(vcpus);
+                if vm_type == VmType::Tdx {
+                    let built = world.tdx_build(id, vcpus);
+                    if let Err(errno) = built {
+                        world.close_vm(id);
+                        return Err(errno);
+                    }
+                }
             }
             Ok::<VmId, Errno>(id)
         })?;

@@ -2,6 +2,8 @@
 
 use super::super::World;
 use super::super::mutant::Mutant;
+use super::tdx::UnmapError;
+use super::tdx::unmap::ZapContext;
 use super::{VmId, ZapFilter};
 use crate::machine::{Errno, MemoryAttributes, PAGE_SIZE};
 use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
@@ -10,7 +12,8 @@ impl World {
     /// KVM_SET_MEMORY_ATTRIBUTES.
     ///
     /// # Errors
-    /// EIO, then EINVAL: flags, attributes, size and wrap, alignment.
+    /// EIO, then EINVAL: flags, attributes, size and wrap, alignment. EFAULT when a private page cannot be unmapped and the
+    /// policy reports it; nothing is stored then.
     pub fn set_attributes(&mut self, vm: VmId, argument: &MemoryAttributes) -> Result<(), Errno> {
         let kernel = self.profile.kernel;
         let has_private_memory = self.live_vm(vm)?.vm_type.has_private_memory();
@@ -34,7 +37,7 @@ impl World {
             return Ok(());
         }
         if !self.mutant(Mutant::AttributesSkipZap) {
-            self.zap_for_attributes(vm, first, last, attributes);
+            self.zap_for_attributes(vm, first, last, attributes).map_err(|_| Errno::EFAULT)?;
         }
         if self.mutant(Mutant::AttributesPunch) {
             self.punch_gfns(vm, first, last);
@@ -50,14 +53,15 @@ impl World {
     }
 
     /// Going private unmaps shared mappings, going shared private ones, in every slot of the range.
-    fn zap_for_attributes(&mut self, vm: VmId, first: u64, last: u64, attributes: u64) {
+    fn zap_for_attributes(&mut self, vm: VmId, first: u64, last: u64, attributes: u64) -> Result<(), UnmapError> {
         let filter =
             if attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0 { ZapFilter::Shared } else { ZapFilter::Private };
         for space in 0..self.vms[&vm].address_spaces() as u16 {
             for (_, from, to) in self.vms[&vm].slots.overlaps(space, first, last) {
-                self.zap_gfns(vm, from, to, filter);
+                self.zap_gfns(vm, from, to, filter, ZapContext::Fallible)?;
             }
         }
+        Ok(())
     }
 
     fn punch_gfns(&mut self, vm: VmId, first: u64, last: u64) {

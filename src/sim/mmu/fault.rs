@@ -5,11 +5,11 @@ use super::super::gmem::fault::Access;
 use super::super::host::{Cpu, Flags, Order};
 use super::super::mutant::Mutant;
 use super::{Slot, Spte, VmId};
-use crate::machine::{Errno, PAGE_SIZE, VmType};
+use crate::machine::{Errno, Exit, PAGE_SIZE, VmType};
 use crate::uapi::kvm::{KVM_MEM_READONLY, KVM_MEMORY_ATTRIBUTE_PRIVATE};
 
 /// Why a fault did not end in a mapping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// No slot, or a store to a read-only one: the access is emulated.
     Mmio,
@@ -22,6 +22,17 @@ pub enum Fault {
     },
     /// KVM_RUN fails with this errno and no exit.
     Failed(Errno),
+    /// Nothing happened: the access is to be tried again.
+    Retry,
+    /// Another exit.
+    Exit(Box<Exit>),
+}
+
+impl Fault {
+    /// Another exit.
+    pub fn exit(exit: Exit) -> Fault {
+        Fault::Exit(Box::new(exit))
+    }
 }
 
 /// Whether a fault is an access of the guest or KVM_PRE_FAULT_MEMORY.
@@ -89,6 +100,10 @@ impl World {
         }
         if self.mutant(Mutant::SpteTakesReference) {
             self.host.frames.get(spte.pfn, super::super::host::Holder::Leak, 1);
+        }
+        if private && self.vms.get(&vm).is_some_and(|vm| vm.has_mirror()) {
+            self.tdx_map_private(vm, first, spte.pfn, spte.order)?;
+            return Ok((first, spte));
         }
         let state = self.vms.get_mut(&vm).expect("the VM was just found");
         state.direct.zap(first, first + spte.order.pages());

@@ -2,7 +2,7 @@
 //!
 //! [`vm`] is the VM and its life, [`slots`] KVM_SET_USER_MEMORY_REGION2, [`attributes`] KVM_SET_MEMORY_ATTRIBUTES,
 //! [`roots`] the page tables, [`zap`] what takes mappings away, [`fault`] what installs them, [`prefault`]
-//! KVM_PRE_FAULT_MEMORY, [`capabilities`] KVM_CHECK_EXTENSION and KVM_ENABLE_CAP.
+//! KVM_PRE_FAULT_MEMORY, [`capabilities`] KVM_CHECK_EXTENSION and KVM_ENABLE_CAP, [`tdx`] the S-EPT behind the mirror root.
 
 pub mod attributes;
 pub mod capabilities;
@@ -10,6 +10,7 @@ pub mod fault;
 pub mod prefault;
 pub mod roots;
 pub mod slots;
+pub mod tdx;
 #[cfg(test)]
 mod tests;
 pub mod vm;

@@ -4,6 +4,7 @@ use super::super::World;
 use super::super::gmem::{Binding, FileId};
 use super::super::host::mm::TASK_SIZE;
 use super::super::mutant::Mutant;
+use super::tdx::SHARED_BIT;
 use super::{MAX_GFN, VmId, ZapFilter};
 use crate::machine::{Errno, PAGE_SIZE, VmType};
 use crate::uapi::kvm::GUEST_MEMFD_FLAG_MMAP;
@@ -46,6 +47,8 @@ pub struct Slot {
     pub pgoff: u64,
     /// The guest_memfd; `None` once it is closed.
     pub file: Option<FileId>,
+    /// The guest_memfd that the slot was bound to, closed or not.
+    pub bound: Option<FileId>,
     /// KVM_MEMSLOT_GMEM_ONLY: shared accesses too use the guest_memfd.
     pub gmem_only: bool,
     /// The dirty bitmap, with KVM_MEM_LOG_DIRTY_PAGES.
@@ -223,6 +226,7 @@ impl World {
             userspace_addr: region.userspace_addr,
             pgoff: region.offset / PAGE_SIZE,
             file: None,
+            bound: None,
             gmem_only: false,
             dirty: (region.flags & KVM_MEM_LOG_DIRTY_PAGES != 0).then(|| bitmap(pages)),
         };
@@ -230,9 +234,13 @@ impl World {
         if base_gfn + pages - 1 > MAX_GFN {
             return Err(Errno::EINVAL);
         }
+        if self.vms[&vm].td.is_some() && (base_gfn + pages - 1) * PAGE_SIZE & SHARED_BIT != 0 {
+            return Err(Errno::EINVAL);
+        }
         if let Some(file) = file {
             self.bind(key, file, &slot)?;
             slot.file = Some(file);
+            slot.bound = Some(file);
             let node = self.gmem.inode_of(file).expect("an open file has an inode");
             let in_place = self.profile.kernel.converts_in_place();
             slot.gmem_only =
@@ -354,7 +362,7 @@ impl World {
             state.invalidate_seq += 1;
             state.direct.clear();
         } else {
-            self.zap_gfns(vm, slot.base_gfn, slot.end_gfn(), ZapFilter::Both);
+            self.zap_gfns_void(vm, slot.base_gfn, slot.end_gfn(), ZapFilter::Both);
         }
     }
 

@@ -1,6 +1,7 @@
 //! A VM: what keeps it alive, whether it is dead, and its state.
 
 use super::super::{RangeMap, World};
+use super::tdx::Td;
 use super::{Root, Slots};
 use crate::machine::{Errno, VmType};
 use std::collections::BTreeMap;
@@ -46,6 +47,8 @@ pub struct Vm {
     pub direct: Root,
     /// The mirror of a TD's S-EPT.
     pub mirror: Root,
+    /// The TD, once it is initialised.
+    pub td: Option<Td>,
     /// mmu_invalidate_seq.
     pub invalidate_seq: u64,
     /// vm_bugged: KVM_BUG_ON fired.
@@ -73,6 +76,7 @@ impl Vm {
             attributes: RangeMap::default(),
             direct: Root::default(),
             mirror: Root::default(),
+            td: None,
             invalidate_seq: 0,
             bugged: false,
             dead: false,
@@ -143,11 +147,14 @@ impl World {
     /// KVM_CREATE_VCPU.
     ///
     /// # Errors
-    /// EIO, EINVAL for an id above the limit, EEXIST.
+    /// EIO (a TD: unless its vCPUs were made when it was built), EINVAL for an id above the limit, EEXIST.
     pub fn create_vcpu(&mut self, id: VmId, vcpu: u32) -> Result<(), Errno> {
         let vm = self.live_vm(id)?;
         if vcpu >= 4096 {
             return Err(Errno::EINVAL);
+        }
+        if vm.has_mirror() && vm.td.as_ref().is_none_or(|td| !td.vcpus.contains_key(&vcpu)) {
+            return Err(Errno::EIO);
         }
         if vm.vcpu_ids.contains(&vcpu) {
             return Err(Errno::EEXIST);
@@ -170,6 +177,9 @@ impl World {
         let Some(vm) = self.vms.get(&id) else { return };
         if vm.open || !vm.vcpus.is_empty() || self.gmem.files.values().any(|file| file.vm == id) {
             return;
+        }
+        if self.tdx.is_some() {
+            self.tdx_destroy(id);
         }
         self.vms.remove(&id);
     }

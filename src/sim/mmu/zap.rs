@@ -3,6 +3,8 @@
 use super::super::World;
 use super::super::host::mm::PoisonEntries;
 use super::VmId;
+use super::tdx::UnmapError;
+use super::tdx::unmap::ZapContext;
 use crate::machine::PAGE_SIZE;
 
 /// Which mappings an invalidation is about (KVM_FILTER_*). Only a VM with an S-EPT has page tables to choose from.
@@ -30,12 +32,30 @@ impl ZapFilter {
 
 impl World {
     /// Unmaps `first..last` from a guest: one invalidation, which makes racing faults retry.
-    pub fn zap_gfns(&mut self, vm: VmId, first: u64, last: u64, filter: ZapFilter) {
-        let Some(state) = self.vms.get_mut(&vm) else { return };
+    ///
+    /// # Errors
+    /// The first private page that stays mapped, under a policy that reports it. Shared mappings always go.
+    pub fn zap_gfns(
+        &mut self,
+        vm: VmId,
+        first: u64,
+        last: u64,
+        filter: ZapFilter,
+        context: ZapContext,
+    ) -> Result<(), UnmapError> {
+        let Some(state) = self.vms.get_mut(&vm) else { return Ok(()) };
         state.invalidate_seq += 1;
-        if filter.shared() || !state.has_mirror() {
+        let has_mirror = state.has_mirror();
+        if filter.shared() || !has_mirror {
             state.direct.zap(first, last);
         }
+        if filter.private() && has_mirror { self.tdx_zap_private(vm, first, last, context) } else { Ok(()) }
+    }
+
+    /// [`World::zap_gfns`] where nobody can take an error: no policy returns one then.
+    pub fn zap_gfns_void(&mut self, vm: VmId, first: u64, last: u64, filter: ZapFilter) {
+        let done = self.zap_gfns(vm, first, last, filter, ZapContext::Void);
+        debug_assert!(done.is_ok(), "{done:?}");
     }
 
     /// Unmaps `start..end` from the host process's page tables, and, through the MMU notifier, from every guest whose
@@ -59,7 +79,7 @@ impl World {
             }
         }
         for (vm, first, last) in zaps {
-            self.zap_gfns(vm, first, last, ZapFilter::Shared);
+            self.zap_gfns_void(vm, first, last, ZapFilter::Shared);
         }
     }
 }
