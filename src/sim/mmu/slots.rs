@@ -234,7 +234,7 @@ impl World {
         if base_gfn + pages - 1 > MAX_GFN {
             return Err(Errno::EINVAL);
         }
-        if self.vms[&vm].td.is_some() && (base_gfn + pages - 1) * PAGE_SIZE & SHARED_BIT != 0 {
+        if self.vms[&vm].td.is_some() && ((base_gfn + pages - 1) * PAGE_SIZE) & SHARED_BIT != 0 {
             return Err(Errno::EINVAL);
         }
         if let Some(file) = file {

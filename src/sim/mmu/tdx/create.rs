@@ -103,7 +103,7 @@ impl World {
 
     /// A page for the module's control structures, flushed from the caches.
     pub(super) fn control_page(&mut self) -> Result<Pfn, Errno> {
-        let page = self.host.alloc_folio(Order::Base, Holder::Control)?;
+        let page = self.alloc_folio(Order::Base, Holder::Control)?;
         self.tdx_host().module.host_flush(page * PAGE_SIZE, PAGE_SIZE);
         Ok(page)
     }

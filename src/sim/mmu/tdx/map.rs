@@ -44,7 +44,7 @@ impl World {
         let bytes = order.pages() * PAGE_SIZE;
         self.tdx_host().module.host_flush(pfn * PAGE_SIZE, bytes);
         let operands =
-            [(Reg::Rcx, gfn * PAGE_SIZE | u64::from(leaf_level)), (Reg::Rdx, tdr), (Reg::R8, pfn * PAGE_SIZE)];
+            [(Reg::Rcx, (gfn * PAGE_SIZE) | u64::from(leaf_level)), (Reg::Rdx, tdr), (Reg::R8, pfn * PAGE_SIZE)];
         let answer = self.tdh(Leaf::MemPageAug, &operands);
         if answer.is_busy() {
             return Err(Fault::Retry);
@@ -69,7 +69,8 @@ impl World {
         }
         let tdr = td.tdr_pa();
         let page = self.control_page().map_err(Fault::Failed)?;
-        let operands = [(Reg::Rcx, first * PAGE_SIZE | u64::from(level)), (Reg::Rdx, tdr), (Reg::R8, page * PAGE_SIZE)];
+        let operands =
+            [(Reg::Rcx, (first * PAGE_SIZE) | u64::from(level)), (Reg::Rdx, tdr), (Reg::R8, page * PAGE_SIZE)];
         let answer = self.tdh(Leaf::MemSeptAdd, &operands);
         if answer.status.is_zero() {
             if let Some(td) = self.vms.get_mut(&vm).and_then(|state| state.td.as_mut()) {

@@ -73,7 +73,7 @@ impl World {
     fn tdx_remove_leaf(&mut self, vm: VmId, gfn: u64, pfn: Pfn, order: Order) -> Result<(), UnmapError> {
         let Some(td) = self.td_of(vm).cloned() else { return Ok(()) };
         let level = u64::from(level_of(order));
-        let entry = [(Reg::Rcx, gfn * PAGE_SIZE | level), (Reg::Rdx, td.tdr_pa())];
+        let entry = [(Reg::Rcx, (gfn * PAGE_SIZE) | level), (Reg::Rdx, td.tdr_pa())];
         let fail = |leaf: Leaf, answer: Answer| UnmapError { gfn, leaf, status: answer.status };
         if !self.mutant(Mutant::UnmapSkipsBlock) {
             let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry);
@@ -91,7 +91,7 @@ impl World {
         }
         let keyid_shift = 52 - self.tdx_host().module.platform().keyid_bits;
         for page in pfn..pfn + order.pages() {
-            let address = page * PAGE_SIZE | u64::from(td.hkid) << keyid_shift;
+            let address = (page * PAGE_SIZE) | (u64::from(td.hkid) << keyid_shift);
             let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, address)]);
             if !written_back.status.is_zero() {
                 return Err(fail(Leaf::PhymemPageWbinvd, written_back));
