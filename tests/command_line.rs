@@ -52,7 +52,7 @@ fn what_cannot_be_carried_out_is_one_line_and_exit_2() {
         ),
         (
             &["run", "--duration", "soon"],
-            "gmemtest: invalid value 'soon' for '--duration <TIME>': expected a time above zero: seconds, or a number with s, m, h or d, such as 90, 30m or 1.5h; try --help",
+            "gmemtest: invalid value 'soon' for '--duration <TIME>': expected a time above zero and below 30 years: seconds, or a number with s, m, h or d, such as 90, 30m or 1.5h; try --help",
         ),
         (
             &["run", "--resume"],

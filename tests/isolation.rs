@@ -113,6 +113,21 @@ fn an_interrupted_run_reports_what_was_measured_and_leaves_nothing() {
 }
 
 #[test]
+fn a_test_that_asks_for_it_runs_alone() {
+    let (document, _) =
+        document(&["good", "orderly", "unruly::is_alone", "judged::takes_its_time", "--jobs", "4", "--shuffle=3"]);
+    let span = |record: &gmemtest::harness::Record| (record.started_us, record.started_us + record.duration_us);
+    let alone = span(record(&document, "unruly::is_alone"));
+    let spans = document.results.iter().filter(|record| record.name != "unruly::is_alone").map(span);
+    let others: Vec<(u64, u64)> = spans.collect();
+    assert!(others.iter().all(|other| other.1 <= alone.0 || alone.1 <= other.0), "{alone:?} {others:?}");
+    assert!(
+        others.iter().any(|a| others.iter().any(|b| a.0 < b.0 && b.0 < a.1)),
+        "the others do run beside each other"
+    );
+}
+
+#[test]
 fn nothing_of_the_fixture_sleeps_on() {
     let (_, _) = document(&["unruly::leaves*"]);
     // Another test of this file may run the same fixture just now: its sleepers live for milliseconds.

@@ -103,3 +103,12 @@ fn the_parser_of_these_tests_refuses_what_is_wrong() {
     }
     assert!(ktap::parse("KTAP version 1\n1..1\n  KTAP version 1\n  # Subtest: a\n  1..1\n  ok 1 b\nok 1 a\n").is_ok());
 }
+
+#[test]
+fn the_command_prints_it_too() {
+    let output = output(support::gmemtest().args(["run", "gmem_create", "--format", "ktap", "--jobs", "2"]));
+    let text = stdout(&output);
+    let document = ktap::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    let names: Vec<String> = document.leaves().into_iter().map(|(path, _)| path).collect();
+    assert!(names.len() > 10, "{names:?}");
+}

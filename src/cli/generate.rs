@@ -21,8 +21,23 @@ pub(super) fn completions(arguments: &CompletionsArguments, mut command: clap::C
     Ok(ExitCode::from(GOOD))
 }
 
-/// Prints the manual page.
-pub(super) fn man(command: clap::Command) -> Result<ExitCode, Failure> {
-    clap_mangen::Man::new(command).render(&mut io::stdout().lock())?;
+/// The flags of `man`.
+#[derive(Debug, Args)]
+pub(super) struct ManArguments {
+    /// The subcommand whose page is wanted; the command's own when none is given.
+    subcommand: Option<String>,
+}
+
+/// Prints a manual page.
+pub(super) fn man(arguments: &ManArguments, mut command: clap::Command) -> Result<ExitCode, Failure> {
+    command.build();
+    let page = match &arguments.subcommand {
+        None => command,
+        Some(name) => {
+            let found = command.find_subcommand(name).cloned();
+            found.ok_or_else(|| format!("no subcommand '{name}'; try --help"))?
+        }
+    };
+    clap_mangen::Man::new(page).render(&mut io::stdout().lock())?;
     Ok(ExitCode::from(GOOD))
 }

@@ -47,9 +47,9 @@ enum Command {
     /// Print a completion script for a shell.
     #[command(hide = true)]
     Completions(generate::CompletionsArguments),
-    /// Print the manual page.
+    /// Print the manual page of a subcommand.
     #[command(hide = true)]
-    Man,
+    Man(generate::ManArguments),
 }
 
 /// The `run` of a selftest binary.
@@ -78,7 +78,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::Vm(options) => vm::vm(&options, suites, machines),
             Command::Seam(options) => seam::seam(&options),
             Command::Completions(options) => generate::completions(&options, Gmemtest::command()),
-            Command::Man => generate::man(Gmemtest::command()),
+            Command::Man(options) => generate::man(&options, Gmemtest::command()),
         }
     })
 }

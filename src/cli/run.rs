@@ -115,6 +115,7 @@ pub(super) fn run(
         &patterns(&arguments.patterns),
         &patterns(&arguments.exclude),
     )?;
+    let mut reporters = arguments.reporters()?;
     let (journal, seed) = arguments.open_journal()?;
     let info = RunInfo {
         arguments: std::env::args_os().map(|text| text.to_string_lossy().into_owned()).collect(),
@@ -136,7 +137,6 @@ pub(super) fn run(
         absent: absent(&plan, machines),
         journal,
     };
-    let mut reporters = arguments.reporters()?;
     let ended = runner::run(&info, &plan, &mut options, &mut reporters)?;
     Ok(ExitCode::from(arguments.style().code(&ended.summary, ended.stopped.as_ref())))
 }
@@ -243,10 +243,10 @@ impl RunArguments {
             None if self.format == Format::Pretty => reporters.push(text()),
             None => reporters.push(self.format.reporter(io::stdout())),
             Some(path) => {
-                let file = File::create(path).map_err(|error| {
+                let file = File::options().write(true).create(true).truncate(false).open(path).map_err(|error| {
                     format!("cannot write {}: {error}; give --output a file that can be made", path.display())
                 })?;
-                reporters.push(self.format.reporter(file));
+                reporters.push(self.format.reporter(OutputFile { file, old: true }));
                 if self.format != Format::Pretty {
                     reporters.push(text());
                 }
@@ -268,6 +268,26 @@ impl Format {
             Format::Junit => Box::new(Junit::new(out)),
             Format::Events => Box::new(EventWriter::new(out)),
         }
+    }
+}
+
+/// The file of `--output`: opened before anything is run, emptied when there is something to put there, so that a command
+/// line that is wrong in another place costs nobody the results of an earlier run.
+struct OutputFile {
+    file: File,
+    old: bool,
+}
+
+impl Write for OutputFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if std::mem::take(&mut self.old) && self.file.metadata()?.is_file() {
+            self.file.set_len(0)?;
+        }
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 

@@ -4,15 +4,18 @@ use std::time::Duration;
 
 use crate::machine::SkipKind;
 
+/// No run takes longer, and sums of shorter times do not overflow.
+const LONGEST: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
 /// A duration: a number of seconds, or a number with `ms`, `s`, `m`, `h` or `d`.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let units = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("d", 86400.0)];
     let (number, scale) =
         units.iter().find_map(|(unit, scale)| Some((text.strip_suffix(unit)?, *scale))).unwrap_or((text, 1.0));
-    let expected = "expected a time above zero: seconds, or a number with s, m, h or d, such as 90, 30m or 1.5h";
+    let expected = "expected a time above zero and below 30 years: seconds, or a number with s, m, h or d, such as 90, 30m or 1.5h";
     let seconds = number.trim().parse::<f64>().map_err(|_| expected.to_owned())? * scale;
     match Duration::try_from_secs_f64(seconds) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(duration) if !duration.is_zero() && duration < LONGEST => Ok(duration),
         _ => Err(expected.to_owned()),
     }
 }
@@ -56,7 +59,7 @@ mod tests {
         assert_eq!(duration("30m"), Ok(Duration::from_secs(1800)));
         assert_eq!(duration("1.5h"), Ok(Duration::from_secs(5400)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
-        for bad in ["", "m", "-1", "0", "1e300d", "nan", "3 weeks"] {
+        for bad in ["", "m", "-1", "0", "1e300d", "1e15", "nan", "3 weeks"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }
