@@ -16,7 +16,7 @@ fn parsed(arguments: &[&str]) -> (Document, i32) {
 fn every_outcome_has_its_line() {
     let (document, code) = parsed(&["--exclude", "unruly::hangs*", "--exclude", "unruly::prints_much", "--seed", "7"]);
     assert_eq!(code, 1);
-    assert!(document.results.iter().map(|suite| suite.name.as_str()).eq(["good", "orderly", "unruly"]));
+    assert!(document.results.iter().map(|suite| suite.name.as_str()).eq(["good", "orderly", "unruly", "judged"]));
     let leaves = document.leaves();
     let line = |path: &str| {
         let (_, result) = leaves.iter().find(|(found, _)| found == path).unwrap_or_else(|| panic!("no result {path}"));
