@@ -146,7 +146,7 @@ fn running_guest_leaves_when_its_frames_become_private(cx: &Context) -> TestResu
     let control = vcpu.control();
     let runner = std::thread::spawn(move || vcpu.execute(GuestOp::ReadWhile { gpa: BASE, expect: 0x5A4E }));
     while control.iterations() == 0 && !runner.is_finished() {
-        std::thread::yield_now();
+        std::thread::sleep(std::time::Duration::from_micros(20));
     }
     claim_ok!(vm.set_memory_attributes(&MemoryAttributes {
         address: BASE,

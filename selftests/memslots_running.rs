@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use gmemtest::harness::{Context, GmemVm, TestResult};
 use gmemtest::machine::{
@@ -56,6 +57,8 @@ gmemtest::suite! {
 const SLOT: u32 = 3;
 const BASE: u64 = (1 << 32) + (1 << 21);
 const ROUNDS: u32 = 20;
+/// How long a waiting thread leaves its CPU to the others.
+const PAUSE: Duration = Duration::from_micros(20);
 
 /// Whether KVM_X86_QUIRK_SLOT_ZAP_ALL is left on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +132,7 @@ impl Watcher {
     /// Waits until the guest has loaded `value`, or is gone.
     fn wait_for(&self, value: u64) {
         while self.latest.load(Ordering::Acquire) != value && !self.thread.is_finished() {
-            thread::yield_now();
+            thread::sleep(PAUSE);
         }
     }
 

@@ -40,6 +40,7 @@ selftests! {
     "../selftests/attributes.rs" attributes,
     "../selftests/memory_fault.rs" memory_fault,
     "../selftests/conversion.rs" conversion,
+    "../selftests/races.rs" races,
 }
 
 fn main() -> ExitCode {
