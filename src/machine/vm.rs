@@ -139,6 +139,11 @@ pub trait Vm: Send + Sync {
     /// The lowest slot id that the payload occupies; every id below is free for the test.
     fn first_reserved_slot(&self) -> u32;
 
+    /// The bit that makes a guest-physical address of a TD a shared one; 0 where the attribute alone decides.
+    fn shared_bit(&self) -> u64 {
+        0
+    }
+
     /// The raw descriptor, on machines where a VM is one.
     fn raw_fd(&self) -> Option<std::os::fd::RawFd>;
 }

@@ -126,6 +126,15 @@ pub enum FrameModel {
     PfnMap,
 }
 
+/// What a TD's access to a page that it has not accepted comes to: the option `pending=`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PendingAccess {
+    /// #VE in the guest, whose handler accepts the page.
+    Accept,
+    /// A TD exit (ATTRIBUTES.SEPT_VE_DISABLE), after which KVM lets the VM die.
+    Exit,
+}
+
 /// A defect of KVM that a scenario asks for: the option `kvm-bug=`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvmBug {
@@ -142,6 +151,8 @@ pub struct Profile {
     pub policy: PolicyKind,
     /// `frames=`.
     pub frames: FrameModel,
+    /// `pending=`.
+    pub pending: PendingAccess,
     /// `kvm-bug=`.
     pub kvm_bug: Option<KvmBug>,
     /// `mutant=`.
@@ -157,6 +168,7 @@ impl Profile {
         let mut kernel = Kernel::V7_3;
         let mut policy = None;
         let mut frames = FrameModel::StructPage;
+        let mut pending = PendingAccess::Accept;
         let mut kvm_bug = None;
         let mut mutant = None;
         for (name, value) in &spec.options {
@@ -177,6 +189,11 @@ impl Profile {
                     "pfnmap" => frames = FrameModel::PfnMap,
                     _ => return Err(bad("struct-page or pfnmap".into())),
                 },
+                "pending" => match value.as_str() {
+                    "accept" => pending = PendingAccess::Accept,
+                    "exit" => pending = PendingAccess::Exit,
+                    _ => return Err(bad("accept or exit".into())),
+                },
                 "kvm-bug" => match value.as_str() {
                     "forget-remove" => kvm_bug = Some(KvmBug::ForgetRemove),
                     _ => return Err(bad("forget-remove".into())),
@@ -188,7 +205,7 @@ impl Profile {
                 }
                 _ => {
                     return Err(SpecError(format!(
-                        "machine '{spec}': unknown option '{name}'; sim machines take kernel=, policy=, frames=, kvm-bug= and mutant="
+                        "machine '{spec}': unknown option '{name}'; sim machines take kernel=, policy=, frames=, pending=, kvm-bug= and mutant="
                     )));
                 }
             }
@@ -197,7 +214,7 @@ impl Profile {
         if tdx && kernel < Kernel::V6_16 {
             return Err(SpecError(format!("machine '{spec}': TDX came with 6.16; use kernel=6.16 or later")));
         }
-        for option in ["policy", "kvm-bug"] {
+        for option in ["policy", "pending", "kvm-bug"] {
             if !tdx && spec.option(option).is_some() {
                 return Err(SpecError(format!("machine '{spec}': {option}= is about the S-EPT and needs sim:tdx")));
             }
@@ -210,7 +227,7 @@ impl Profile {
                 list(&PolicyKind::without_struct_page(), PolicyKind::name)
             )));
         }
-        Ok(Profile { kernel, policy, frames, kvm_bug, mutant })
+        Ok(Profile { kernel, policy, frames, pending, kvm_bug, mutant })
     }
 }
 

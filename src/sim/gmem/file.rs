@@ -188,12 +188,13 @@ impl World {
     /// mmap(2) of a guest_memfd: the address of the first byte.
     ///
     /// # Errors
-    /// In the order of the checks: EINVAL (offset), EINVAL (length 0), ENOMEM (no room), EOVERFLOW, EOPNOTSUPP, EPERM,
+    /// In the order of the checks: EINVAL (offset, MAP_HUGETLB, length 0), ENOMEM (no room), EOVERFLOW, EOPNOTSUPP, EPERM,
     /// ENODEV, EINVAL (MAP_PRIVATE).
     pub fn gmem_mmap(&mut self, file: FileId, len: u64, offset: u64, protection: Protection) -> Result<u64, Errno> {
         let node = self.gmem.inode_of(file).ok_or(Errno::EBADF)?;
         let can_map = node.flags & GUEST_MEMFD_FLAG_MMAP != 0 || self.mutant(Mutant::MmapIgnoresFlag);
-        if !offset.is_multiple_of(PAGE_SIZE) || len == 0 {
+        let huge = protection.flags & libc::MAP_HUGETLB != 0;
+        if !offset.is_multiple_of(PAGE_SIZE) || huge || len == 0 {
             return Err(Errno::EINVAL);
         }
         let len = len.checked_next_multiple_of(PAGE_SIZE).ok_or(Errno::ENOMEM)?;
@@ -221,7 +222,11 @@ impl World {
         }
         let start = self.host.mm.place(len, 2 << 20).ok_or(Errno::ENOMEM)?;
         let backing = Backing::Gmem { file, pgoff: offset / PAGE_SIZE };
-        self.host.mm.insert(Vma { start, end: start + len, prot: protection.prot, backing, locked: false });
+        let locked = protection.flags & libc::MAP_LOCKED != 0;
+        self.host.mm.insert(Vma { start, end: start + len, prot: protection.prot, backing, locked });
+        if protection.flags & (libc::MAP_LOCKED | libc::MAP_POPULATE) != 0 {
+            self.populate_quietly(start, start + len, protection.prot);
+        }
         Ok(start)
     }
 }

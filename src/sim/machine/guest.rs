@@ -14,6 +14,8 @@ use crate::uapi::kvm::{KVM_EXIT_MEMORY_FAULT, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERR
 
 /// How often an instruction is tried again under one hold of the lock.
 const RETRIES: u32 = 256;
+/// #GP.
+const VECTOR_GP: u8 = 13;
 /// Bytes of a cache line: whole ones can be filled at once.
 const LINE: u64 = 64;
 
@@ -257,7 +259,8 @@ impl Guest<'_> {
         Ok(())
     }
 
-    /// Calls code: the instructions that tests place in memory are moves of an immediate to RAX, and a return.
+    /// Calls code: the instructions that tests place in memory are moves of an immediate, accesses to MSRs that no CPU has,
+    /// and a return.
     pub(super) fn call(&mut self, gpa: u64) -> Result<Option<u64>, Stop> {
         let mut rip = gpa;
         let mut rax = 0;
@@ -275,6 +278,10 @@ impl Guest<'_> {
                 [0x31, 0xc0, ..] => (rax, rip) = (0, rip + 2),
                 [0xb8, ..] => (rax, rip) = (immediate(1, 4), rip + 5),
                 [0x48, 0xb8, ..] => (rax, rip) = (immediate(2, 8), rip + 10),
+                [0xb9, ..] => rip += 5,
+                [0x0f, 0x30 | 0x32, ..] => {
+                    return Err(Exit::GuestException { vector: VECTOR_GP, error_code: 0, rip, cr2: 0 }.into());
+                }
                 [0xcc, ..] => {
                     return Err(Exit::GuestException { vector: 3, error_code: 0, rip: rip + 1, cr2: 0 }.into());
                 }

@@ -2,6 +2,7 @@
 
 use super::super::host::Order;
 use super::super::mmu::slots::USER_SLOTS;
+use super::super::mmu::tdx::SHARED_BIT;
 use super::super::mmu::{Region, RegionTarget, VmId};
 use super::Shared;
 use super::gmem::SimGmem;
@@ -116,6 +117,11 @@ impl Vm for SimVm {
     fn first_reserved_slot(&self) -> u32 {
         let payload = self.shared.with(|world| world.vm(self.id).is_some_and(|vm| vm.payload_vcpus.is_some()));
         u32::from(USER_SLOTS) - if payload { PAYLOAD_SLOTS } else { 0 }
+    }
+
+    fn shared_bit(&self) -> u64 {
+        let is_td = self.shared.with(|world| world.vm(self.id).is_some_and(|vm| vm.has_mirror()));
+        if is_td { SHARED_BIT } else { 0 }
     }
 
     fn raw_fd(&self) -> Option<RawFd> {

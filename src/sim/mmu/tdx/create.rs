@@ -6,6 +6,7 @@ use crate::machine::{Errno, PAGE_SIZE};
 use crate::sim::World;
 use crate::sim::host::{Holder, Order, Pfn};
 use crate::sim::mmu::VmId;
+use crate::sim::profile::PendingAccess;
 use crate::sim::tdx_module::td::{ATTR_SEPT_VE_DISABLE, TDCS_PAGES};
 use crate::sim::tdx_module::vcpu::TDVPS_PAGES;
 use crate::sim::tdx_module::{Code, Leaf, Reg, Status};
@@ -73,11 +74,12 @@ impl World {
         self.create_step(vm, Leaf::MngInit, &[(Reg::Rcx, tdr_pa), (Reg::Rdx, PARAMS)])
     }
 
-    /// A TD with 48-bit addresses and pending-page violations that exit to the host.
+    /// A TD with 48-bit addresses.
     fn write_td_params(&mut self) {
+        let attributes = if self.profile.pending == PendingAccess::Exit { ATTR_SEPT_VE_DISABLE } else { 0 };
         let module = &mut self.tdx_host().module;
         module.host_reset(PARAMS, PAGE_SIZE);
-        let words = [(0, ATTR_SEPT_VE_DISABLE), (8, 3), (16, 64), (24, 6 | 3 << 3), (32, 0), (40, 100)];
+        let words = [(0, attributes), (8, 3), (16, 64), (24, 6 | 3 << 3), (32, 0), (40, 100)];
         for (offset, word) in words {
             module.host_write(PARAMS + offset, word);
         }

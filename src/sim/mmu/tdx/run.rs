@@ -8,7 +8,7 @@ use crate::sim::mmu::VmId;
 use crate::sim::mmu::fault::{Fault, Origin, Request};
 use crate::sim::tdx_module::guest::{GuestException, GuestOutcome, TdExit, exit_reason};
 use crate::sim::tdx_module::memory::LineTag;
-use crate::sim::tdx_module::{Code, Leaf, LpId, Reg, Status};
+use crate::sim::tdx_module::{Code, Leaf, LpId, Reg, Regs, Status, TdcallLeaf};
 use crate::uapi::kvm::KVM_EXIT_UNKNOWN;
 
 /// KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON.
@@ -67,9 +67,32 @@ impl World {
             Ok(GuestOutcome::Value(value)) => Ok(value),
             Ok(GuestOutcome::Done) => Ok(0),
             Ok(GuestOutcome::Tdcall(status)) => Ok(status.0),
+            Ok(GuestOutcome::Exception(GuestException::Ve(info))) if info.exit_reason == exit_reason::EPT_VIOLATION => {
+                self.td_handle_ve(vm, vcpu, info.gpa)
+            }
             Ok(GuestOutcome::Exception(exception)) => Err(Fault::exit(exception_exit(exception))),
             Ok(GuestOutcome::Exit(exit)) => self.td_exit(vm, instruction, &exit),
             Ok(GuestOutcome::Held) | Err(_) => Err(Fault::Retry),
+        }
+    }
+
+    /// The payload's #VE handler: it takes the information, accepts the page, and goes back to the instruction.
+    fn td_handle_ve(&mut self, vm: VmId, vcpu: u32, gpa: u64) -> Result<u64, Fault> {
+        let lp = self.td_enter(vm, vcpu)?;
+        let mut regs = Regs { rax: u64::from(TdcallLeaf::VpVeinfoGet.number()), ..Regs::default() };
+        if self.tdx_host().module.tdcall(lp, &mut regs).is_err() {
+            return Err(Fault::Retry);
+        }
+        loop {
+            match self.td_execute(vm, vcpu, Instruction::Accept(gpa & !(PAGE_SIZE - 1), 0)) {
+                Ok(status) if Status(status).is_zero() || Status(status).is(Code::PageAlreadyAccepted) => {
+                    return Err(Fault::Retry);
+                }
+                Ok(status) if Status(status).is(Code::OperandBusy) => {}
+                Ok(status) => return Err(Fault::exit(unexpected(Status(status)))),
+                Err(Fault::Retry) => {}
+                Err(fault) => return Err(fault),
+            }
         }
     }
 

@@ -98,13 +98,21 @@ fn the_attribute_and_the_shared_bit_must_agree() {
 
 #[test]
 fn an_access_before_accept_kills_the_vm() {
-    let mut td = td("sim:tdx");
+    let mut td = td("sim:tdx,pending=exit");
     td.attributes(0, PAGES, 8).unwrap();
     let exit = td.vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 });
     assert_eq!(exit, Exit::Failed { errno: Errno::EIO, reason: 0 });
     assert_eq!(td.vm.capability(10), Err(Errno::EIO), "dead");
     assert_eq!(td.file.punch_hole(0, PAGE_SIZE), Ok(()), "the file does not care");
     assert!(!td.machine.with_world(|world| world.vms.values().any(|vm| vm.bugged)), "dead, not bugged");
+}
+
+#[test]
+fn the_payload_accepts_what_it_meets_pending() {
+    let mut td = td("sim:tdx");
+    td.attributes(0, PAGES, 8).unwrap();
+    assert_eq!(td.vcpu.execute(GuestOp::Fill { gpa: GPA, len: PAGES * PAGE_SIZE, byte: 3 }), Exit::Done(0));
+    assert_eq!(td.vcpu.execute(GuestOp::Check { gpa: GPA, len: PAGES * PAGE_SIZE, byte: 3 }), Exit::Done(0));
 }
 
 #[test]
