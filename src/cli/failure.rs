@@ -46,9 +46,6 @@ impl From<clap::Error> for Failure {
         use clap::error::ErrorKind;
         match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Failure::Shown(error),
-            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                Failure::Usage("expected a subcommand: run, list, probe, vm, seam; try --help".to_owned())
-            }
             _ => Failure::Usage(one_line(&error.to_string())),
         }
     }

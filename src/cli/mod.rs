@@ -26,7 +26,7 @@ use machines::Machines;
 
 /// Selftests, model and rig for KVM guest_memfd and TDX private memory.
 #[derive(Debug, Parser)]
-#[command(name = "gmemtest", version, arg_required_else_help = true)]
+#[command(name = "gmemtest", version, arg_required_else_help = false)]
 struct Gmemtest {
     #[command(subcommand)]
     command: Command,
