@@ -68,6 +68,8 @@ pub(crate) struct Call {
     /// Running again after having been held: locks are found, not taken.
     pub replaying: bool,
     pub hold: Option<HoldPoint>,
+    /// Where it was held.
+    pub held_at: Option<HoldPoint>,
     /// The vCPU that executes a TDCALL, by TDVPR address.
     pub tdvpr: Option<u64>,
     /// VP.ENTER has made a new association.
@@ -95,6 +97,7 @@ impl Call {
             locks,
             replaying: false,
             hold,
+            held_at: None,
             tdvpr: None,
             new_association: false,
             epoch_counted: false,
@@ -106,6 +109,7 @@ impl Call {
     pub fn point(&mut self, point: HoldPoint) -> Result<(), Stop> {
         if self.hold == Some(point) {
             self.hold = None;
+            self.held_at = Some(point);
             return Err(Stop::Held);
         }
         Ok(())

@@ -3,7 +3,7 @@
 use super::call::{AnyLeaf, Call, LpError, Outcome, Stop};
 use super::fault::{CallOperands, Effect};
 use super::guest::GuestOutcome;
-use super::leaf::Leaf;
+use super::leaf::{Leaf, legal_before_ready};
 use super::leaves;
 use super::lp::{Activity, LpId};
 use super::module::Module;
@@ -102,7 +102,7 @@ impl Module {
         if version > 0 && leaf.is_none_or(|leaf| leaf.max_version(self.switches.generation) == 0) {
             return Err(unknown);
         }
-        let before_ready = leaf.is_some_and(Leaf::legal_before_ready);
+        let before_ready = legal_before_ready(number);
         match self.sys.state {
             SysState::Shutdown if leaf != Some(Leaf::SysLpShutdown) => return Err(Code::SysShutdown.into()),
             SysState::InitPending | SysState::InitDone | SysState::ConfigDone if !before_ready => {
@@ -123,7 +123,7 @@ impl Module {
         let planned = if self.faults.is_empty() || call.replaying { None } else { self.planned_fault(&call) };
         let result = match planned {
             Some((Effect::InsteadOf, status)) => {
-                if leaves::zeroes_error_info(leaf) {
+                if leaves::zeroes_error_info(leaf) && !status.is(Code::InterruptedRestartable) {
                     (call.regs.rcx, call.regs.rdx) = (0, 0);
                 }
                 Err(Stop::Fail(status))

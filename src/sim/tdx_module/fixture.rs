@@ -170,14 +170,16 @@ impl Fixture {
         regs
     }
 
-    /// A TDMR page nobody has had yet.
+    /// A TDMR page nobody has had yet. With a dynamic PAMT its range has the page pair it needs.
     pub fn page(&mut self) -> u64 {
+        let at = self.next_page;
+        if self.module.pamt.dynamic && at.is_multiple_of(2 << 20) {
+            let pair = [("rcx", at | 1), ("rdx", at), ("r8", at + PAGE_SIZE)];
+            self.must(Leaf::PhymemPamtAdd, &pair);
+            self.next_page = at + 2 * PAGE_SIZE;
+        }
         let page = self.next_page;
         self.next_page += PAGE_SIZE;
-        if self.module.pamt().tdmrs().iter().any(|_| self.module.pamt.dynamic) && page.is_multiple_of(2 << 20) {
-            self.install_pair(page);
-            return self.page_after_pair(page);
-        }
         page
     }
 
@@ -186,18 +188,6 @@ impl Fixture {
         let range = self.next_range;
         self.next_range += 2 << 20;
         range
-    }
-
-    fn install_pair(&mut self, range: u64) {
-        self.next_page = range + 2 * PAGE_SIZE;
-        let pages = [("rcx", range | 1), ("rdx", range), ("r8", range + PAGE_SIZE)];
-        self.must(Leaf::PhymemPamtAdd, &pages);
-    }
-
-    fn page_after_pair(&mut self, _range: u64) -> u64 {
-        let page = self.next_page;
-        self.next_page += PAGE_SIZE;
-        page
     }
 
     /// A TD in INITIALIZED. Returns its TDR.

@@ -192,14 +192,12 @@ impl Leaf {
             _ => 0,
         }
     }
+}
 
-    /// Whether the leaf answers before the module is ready (TDX module spec 3.1).
-    pub fn legal_before_ready(self) -> bool {
-        matches!(
-            self,
-            Leaf::SysRd | Leaf::SysInit | Leaf::SysLpInit | Leaf::SysConfig | Leaf::SysKeyConfig | Leaf::SysLpShutdown
-        )
-    }
+/// Whether a leaf number, modelled or not, passes the dispatcher before the module is ready: SYS.INFO, RD, RDALL, INIT, LP.INIT, CONFIG,
+/// KEY.CONFIG, LP.SHUTDOWN and UPDATE (TDX module spec 3.1).
+pub fn legal_before_ready(number: u16) -> bool {
+    matches!(number, 31 | 32 | 33 | 34 | 35 | 37 | 44 | 45 | 53)
 }
 
 #[cfg(test)]

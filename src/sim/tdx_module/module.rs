@@ -272,6 +272,11 @@ impl Module {
         }
     }
 
+    /// As [`Module::interrupt_seen`], for a leaf that commits after its last look: one that was held at its commit does not look again.
+    pub(crate) fn interrupts_leaf(&mut self, call: &Call) -> bool {
+        call.held_at != Some(HoldPoint::Commit) && self.interrupt_seen(call.lp)
+    }
+
     /// Where a vCPU runs.
     pub fn runs_on(&self, tdvpr: u64) -> Option<LpId> {
         self.platform.lps().find(|lp| self.running(*lp) == Some(tdvpr))

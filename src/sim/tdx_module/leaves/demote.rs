@@ -60,10 +60,10 @@ impl Module {
     }
 
     fn check_demote_interrupted(&mut self, call: &mut Call, tdr: u64) -> Result<(), Stop> {
-        if self.switches.enhanced_demote {
+        if self.switches.enhanced_demote || call.held_at == Some(HoldPoint::Commit) {
             return Ok(());
         }
-        let stop = if self.interrupt_seen(call.lp) {
+        let stop = if self.interrupts_leaf(call) {
             Status::from(Code::InterruptedRestartable)
         } else if self.switches.newer() && self.td_ref(tdr)?.tree_lock.host_priority() {
             Status::on(Code::InterruptedBusy, Operand::SEPT_TREE)

@@ -26,7 +26,7 @@ impl Module {
         let bepoch = self.lock_implicit(call, 0, table)?;
         self.check_tracked(call, &sept, bepoch)?;
         let first = self.scan_children(call, &sept, table)?;
-        if self.interrupt_seen(call.lp) {
+        if self.interrupts_leaf(call) {
             (call.regs.rcx, call.regs.rdx) = (call.input.rcx, call.input.rdx);
             return Err(Code::InterruptedRestartable.into());
         }

@@ -80,7 +80,7 @@ impl Module {
         if tag.poison || private && !tag.td {
             return Err(MachineCheck { pa });
         }
-        if tag.hkid == hkid {
+        if tag.hkid == hkid || !private && !self.memory.sees_host_writes() {
             return Ok(self.memory.read_line(pa));
         }
         if !private && tag.td {

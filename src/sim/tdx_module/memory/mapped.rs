@@ -111,6 +111,10 @@ impl PhysicalMemory for MappedMemory {
         self.tags.set_tag(pa, tag);
     }
 
+    fn sees_host_writes(&self) -> bool {
+        false
+    }
+
     fn resident_bytes(&self) -> u64 {
         self.tags.resident_bytes()
     }

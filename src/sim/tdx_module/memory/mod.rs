@@ -62,6 +62,11 @@ pub trait PhysicalMemory: Send {
     /// Sets the tag of the line at `pa`.
     fn set_tag(&mut self, pa: u64, tag: LineTag);
 
+    /// Whether every host write comes by here. If not, the tags of host lines say nothing.
+    fn sees_host_writes(&self) -> bool {
+        true
+    }
+
     /// Bytes of this process the memory holds at present, for the size targets.
     fn resident_bytes(&self) -> u64;
 

@@ -1,5 +1,7 @@
 //! What the leaves do together, group by group in the order of TDX module spec 13.
 
+mod faults;
+mod large;
 mod lifecycle;
 mod locks;
 mod measure;
