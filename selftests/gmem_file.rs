@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use gmemtest::harness::{Context, Stop, TestResult};
-use gmemtest::machine::{Errno, FileOp, GuestMemfd, PAGE_SIZE, Protection, Vm, VmConfig};
+use gmemtest::machine::{Errno, Exit, FileOp, GuestMemfd, GuestOp, MemoryRegion, PAGE_SIZE, Protection, Vm, VmConfig};
 use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS};
 use gmemtest::{claim_eq, claim_ne, claim_ok};
 use nix::time::ClockId;
@@ -51,6 +51,9 @@ gmemtest::suite! {
         /// mtime and the faults of the host: a write fault advances it, a read fault and a store that takes no fault
         /// do not.
         host_access_moves_mtime_only_by_write_fault[FAULTS] needs [GmemInitShared];
+
+        /// Accesses of the guest, first ones too, do not touch mtime: KVM allocates and maps without the file's faults.
+        guest_access_does_not_move_mtime needs [GmemInitShared, Guest];
 
         /// The name of the descriptor in /proc/self/fd.
         descriptor_has_its_name_in_proc needs [RealFiles];
@@ -318,6 +321,20 @@ fn host_access_moves_mtime_only_by_write_fault(cx: &Context, &access: &HostAcces
         }
     };
     claim_eq!(gmem.stat()?.modified_ns > before, moves, "mtime advanced");
+    Ok(())
+}
+
+fn guest_access_does_not_move_mtime(cx: &Context) -> TestResult {
+    const GPA: u64 = 1 << 32;
+    let vm = cx.machine().create_vm(VmConfig::Payload { vcpus: 1 })?;
+    let gmem = vm.create_guest_memfd(2 * PAGE_SIZE, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?;
+    vm.set_memory_region(&MemoryRegion::new(1, GPA, 2 * PAGE_SIZE).bound_to(&*gmem, 0))?;
+    let mut vcpu = vm.create_vcpu(0)?;
+    let before = wait_past_mtime(&*gmem)?;
+    claim_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(0), "a guest read of a hole");
+    let write = GuestOp::Write { gpa: GPA + PAGE_SIZE, size: 8, value: 1 };
+    claim_eq!(vcpu.execute(write), Exit::Done(0), "a guest write to a hole");
+    claim_eq!(gmem.stat()?.modified_ns, before, "mtime afterwards");
     Ok(())
 }
 

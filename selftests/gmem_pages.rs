@@ -7,7 +7,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use gmemtest::harness::{Context, TestResult, in_child};
-use gmemtest::machine::{Errno, GuestMemfd, HoldKind, Mapping, PAGE_SIZE, Protection, Vm, VmConfig};
+use gmemtest::machine::{
+    Errno, Exit, GuestMemfd, GuestOp, HoldKind, Mapping, MemoryRegion, PAGE_SIZE, Protection, Vcpu, Vm, VmConfig,
+};
 use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use gmemtest::{claim, claim_eq, claim_ne, claim_ok};
 
@@ -41,6 +43,14 @@ gmemtest::suite! {
 
         /// fork copies no page table entries of shared file mappings: the child's first access adds its own.
         child_maps_the_page_by_its_own_access needs [PageMapCount, RealFiles];
+
+        /// A page that the guest reads and writes has no page table entry of the host and no map count: the guest's entries
+        /// are KVM's own. The host finds what the guest wrote, and then counts one.
+        guest_mapping_is_not_in_the_map_count needs [PageMapCount, Guest];
+
+        /// A page that the guest wrote is dirty, and on no other list than one that the host wrote
+        /// (kvm_release_faultin_page()). A failure means that its contents could be taken for dispensable.
+        page_written_by_the_guest_is_dirty_and_unevictable needs [PageFlags, DropCaches, Guest];
 
         /// Two mappings, and a mapping made again, show the same frame: the page stays where it is.
         frame_is_the_same_through_every_mapping;
@@ -221,6 +231,43 @@ fn child_maps_the_page_by_its_own_access(cx: &Context) -> TestResult {
     .returned()?;
     claim_eq!(counts.map(|counts| (counts >> 32, counts & 0xffff_ffff)), Ok((1, 2)), "in the child, before and after");
     claim_eq!(machine.page_map_count(frame), Ok(1), "once the child is gone");
+    Ok(())
+}
+
+/// A VM whose guest has written `VALUE` at `GPA`, the start of a file of one page.
+fn written_by_the_guest(cx: &Context) -> TestResult<(File, Box<dyn Vcpu>)> {
+    let vm = cx.machine().create_vm(VmConfig::Payload { vcpus: 1 })?;
+    let gmem = vm.create_guest_memfd(P, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?;
+    vm.set_memory_region(&MemoryRegion::new(1, GPA, P).bound_to(&*gmem, 0))?;
+    let mut vcpu = vm.create_vcpu(0)?;
+    claim_eq!(vcpu.execute(GuestOp::Write { gpa: GPA, size: 8, value: VALUE }), Exit::Done(0), "a guest write");
+    Ok(((vm, gmem), vcpu))
+}
+
+const GPA: u64 = 1 << 32;
+const VALUE: u64 = 0x6775_6573_7421;
+
+fn guest_mapping_is_not_in_the_map_count(cx: &Context) -> TestResult {
+    let ((_vm, gmem), mut vcpu) = written_by_the_guest(cx)?;
+    let mapping = gmem.map(P, 0, Protection::SHARED_RW)?;
+    claim!(mapping.frame(0).is_err(), "no page table entry of the host before it looks");
+    claim_eq!(mapping.read_u64(0)?, VALUE, "what the host reads");
+    let frame = mapping.frame(0)?;
+    claim_eq!(cx.machine().page_map_count(frame), Ok(1), "map count with one mapping, and the guest's");
+    mapping.advise(0, P, libc::MADV_DONTNEED)?;
+    claim_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(VALUE), "a guest read");
+    claim_eq!(cx.machine().page_map_count(frame), Ok(0), "map count with the guest's mapping only");
+    Ok(())
+}
+
+fn page_written_by_the_guest_is_dirty_and_unevictable(cx: &Context) -> TestResult {
+    const EXPECTED: u64 = kpf::DIRTY | kpf::UPTODATE | kpf::LRU | kpf::UNEVICTABLE;
+    let ((_vm, gmem), _vcpu) = written_by_the_guest(cx)?;
+    let mapping = gmem.map(P, 0, Protection::SHARED_READ)?;
+    mapping.read_u64(0)?;
+    cx.machine().drain_lru()?;
+    let flags = flags(cx, &*mapping, 0)?;
+    claim_eq!(flags & EXPECTED, EXPECTED, "DIRTY, UPTODATE, LRU and UNEVICTABLE in {flags:#x}");
     Ok(())
 }
 
