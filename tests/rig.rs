@@ -208,15 +208,16 @@ fn a_qemu_that_is_not_there_or_dies_is_told_as_such() {
 fn started(directory: &Path) -> (std::process::Child, Pid) {
     let noted = directory.join("pid");
     let script = format!("echo $$ > {0}.new; /bin/mv {0}.new {0}; exec /bin/sleep 1000", noted.display());
-    let rig = with_qemu(directory, Some(&script)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while Instant::now() < deadline {
+    let mut rig = with_qemu(directory, Some(&script)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    loop {
         if let Ok(text) = fs::read_to_string(&noted) {
             return (rig, Pid::from_raw(text.trim().parse().unwrap()));
         }
+        if let Some(status) = rig.try_wait().unwrap() {
+            panic!("QEMU was not started: {status}");
+        }
         sleep(Duration::from_millis(5));
     }
-    panic!("QEMU was not started");
 }
 
 fn is_gone(process: Pid) -> bool {

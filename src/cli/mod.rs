@@ -2,10 +2,12 @@
 //!
 //! A selftest binary is `run` without the word: same flags, same exit codes, and `--list`.
 
+mod compare;
 mod failure;
 mod generate;
 mod list;
 pub mod machines;
+mod matrix;
 mod probe;
 mod run;
 mod seam;
@@ -44,6 +46,10 @@ enum Command {
     Vm(vm::VmArguments),
     /// Run SEAMCALL scripts against the simulated TDX module.
     Seam(seam::SeamArguments),
+    /// Run tests on several kernels and show the outcomes as a table.
+    Matrix(matrix::MatrixArguments),
+    /// Compare two results: what newly fails, what is fixed, what changed. Exits with 1 when anything newly fails.
+    Compare(compare::CompareArguments),
     /// Print a completion script for a shell.
     #[command(hide = true)]
     Completions(generate::CompletionsArguments),
@@ -75,6 +81,8 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::Run(options) => run::run(&options, suites, machines, &[program(&arguments), "run".to_owned()]),
             Command::List(options) => list::list(&options, suites, machines),
             Command::Probe(options) => probe::probe(&options, machines),
+            Command::Matrix(options) => matrix::matrix(&options, suites, machines),
+            Command::Compare(options) => compare::compare(&options),
             Command::Vm(options) => vm::vm(&options, suites, machines),
             Command::Seam(options) => seam::seam(&options),
             Command::Completions(options) => generate::completions(&options, Gmemtest::command()),

@@ -1,6 +1,5 @@
 //! `gmemtest vm`: boots a kernel under QEMU and runs a command of this program in it.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -11,14 +10,13 @@ use clap::Args;
 
 use super::failure::Failure;
 use super::machines::Machines;
-use super::run::RunArguments;
+use super::run::{GuestRun, RunArguments};
 use super::{Command, Gmemtest, parse, run, values};
 use crate::harness::Suite;
 use crate::harness::exit::{CANNOT_TELL, ExitStyle, FAILED};
-use crate::harness::interrupt::Interrupts;
 use crate::harness::plan::Plan;
 use crate::rig::{
-    self, AccelChoice, Boot, BootImage, CommandEnd, Duty, Ending, Hardware, Hello, OnLoss, Replay, Session,
+    self, AccelChoice, Boot, BootImage, CommandEnd, Duty, Ending, Hardware, Hello, OnLoss, Replay, Session, StopSignal,
 };
 
 /// Lines of the console that are shown when a boot has no verdict.
@@ -32,7 +30,8 @@ pub(super) struct VmArguments {
     /// The kernel: a bzImage, or a build directory that has one.
     #[arg(long, value_name = "BZIMAGE")]
     kernel: PathBuf,
-    /// The kernel's modules: lib/modules/RELEASE, or a root that has it. Only those that the tests need are taken.
+    /// The kernel's modules: lib/modules/RELEASE, or a root that has it (default: those that lie beside the kernel as
+    /// packages put them). Only those that the tests need are taken.
     #[arg(long, value_name = "DIR")]
     modules: Option<PathBuf>,
     /// Copy the kernel's console to FILE.
@@ -123,15 +122,14 @@ pub(super) fn vm(arguments: &VmArguments, suites: &[&'static Suite], machines: &
         hardware: &hardware,
         timeout: arguments.boot.timeout,
         console: console.transpose()?,
-        stop: &|| None,
+        stop: None,
     };
     if arguments.shell {
         let status = session.shell().map_err(|error| format!("{error:#}"))?;
         return Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)));
     }
-    let interrupts = RefCell::new(Interrupts::block().map_err(|errno| format!("signals cannot be blocked: {errno}"))?);
-    let stop = || interrupts.borrow_mut().take();
-    session.stop = &stop;
+    let stop = StopSignal::block().map_err(|errno| format!("signals cannot be blocked: {errno}"))?;
+    session.stop = Some(&stop);
     match errand {
         Errand::Tests(tests) => run_tests(arguments, &tests, &session, suites),
         Errand::Other => run_other(arguments, words, &session),
@@ -148,10 +146,30 @@ fn errand(words: &[String], suites: &[&'static Suite], machines: &Machines) -> R
             Plan::new(suites, machines.named(&tests.machine)?, &wanted, &excluded)?;
             Ok(Errand::Tests(Box::new(tests)))
         }
-        Command::Vm(_) => {
+        Command::Vm(_) | Command::Matrix(_) | Command::Compare(_) => {
             Err(format!("{}: runs on the host; give run, list, probe or another command", words[0]).into())
         }
         _ => Ok(Errand::Other),
+    }
+}
+
+/// The `run` that `command` is, for a subcommand that runs nothing else in its guests.
+pub(super) fn tests_for_guest(
+    of: &str,
+    command: &[String],
+    suites: &[&'static Suite],
+    machines: &Machines,
+) -> Result<GuestRun, Failure> {
+    let run = ["run".to_owned()];
+    match errand(if command.is_empty() { &run } else { command }, suites, machines)? {
+        Errand::Tests(tests) => {
+            let guest_run = tests.for_guest()?;
+            match guest_run.repeats {
+                true => Err(format!("{of}: takes one round; leave out --repeat, --duration and --until-fail").into()),
+                false => Ok(guest_run),
+            }
+        }
+        Errand::Other => Err(format!("{of}: only run can stand after --, not {}", command[0]).into()),
     }
 }
 

@@ -3,12 +3,14 @@
 //! A reporter is a [`Listener`](crate::harness::event::Listener) that writes to one output. Results go there and nothing
 //! else does.
 
+mod compare;
 mod json;
 mod junit;
 mod ktap;
 mod pretty;
 mod story;
 
+pub use compare::{Across, Change, Comparison, Criteria, Difference, Seen};
 pub use json::{Document, Json, NotRun, SCHEMA, Tool};
 pub use junit::Junit;
 pub use ktap::Ktap;

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
 
 /// What `--accel` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -16,7 +17,7 @@ pub enum AccelChoice {
 }
 
 /// What QEMU is started with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Accel {
     /// `-accel kvm -cpu host`.
     Kvm,

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::console::Console;
 use super::ending::Ending;
 use super::qemu::{Hardware, Qemu};
+use super::stop::StopSignal;
 use super::wire::{CommandEnd, Frame, Hello};
 
 /// How often the state of QEMU and the limits are looked at when nothing happens.
@@ -84,15 +85,15 @@ enum Word {
     Qemu(Vec<u8>),
 }
 
-/// Boots, listens until the end, and leaves no process behind. `stop` is asked every few milliseconds for a signal
-/// that ends it all.
+/// Boots, listens until the end, and leaves no process behind. A signal that `stop` has seen ends
+/// it all.
 pub fn boot(
     hardware: &Hardware,
     kernel: &[u8],
     initramfs: &[u8],
     limits: Limits,
     console: Console,
-    stop: &dyn Fn() -> Option<i32>,
+    stop: Option<&StopSignal>,
     listener: &mut dyn Listener,
 ) -> Boot {
     let start = Instant::now();
@@ -168,7 +169,7 @@ impl Watch {
         qemu: &mut Qemu,
         words: &Receiver<Word>,
         limits: Limits,
-        stop: &dyn Fn() -> Option<i32>,
+        stop: Option<&StopSignal>,
         listener: &mut dyn Listener,
     ) -> Ending {
         let mut panicked: Option<Instant> = None;
@@ -214,7 +215,7 @@ impl Watch {
             if panicked.is_some_and(|since| since.elapsed() > LAST_WORDS) {
                 return Ending::PoweredOff;
             }
-            if let Some(signal) = stop() {
+            if let Some(signal) = stop.and_then(StopSignal::seen) {
                 return Ending::Interrupted(signal);
             }
             if ended.is_none()

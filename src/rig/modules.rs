@@ -43,6 +43,20 @@ pub fn collect(directory: &Path, release: &str) -> Result<Vec<Module>> {
     Ok(modules)
 }
 
+/// The modules that lie where packages put them beside a kernel: the directory that `lib/modules/RELEASE/vmlinuz` is in, or
+/// `lib/modules/RELEASE` beside `boot/vmlinuz-RELEASE`.
+pub fn beside(kernel: &Path, release: &str) -> Option<PathBuf> {
+    let directory = kernel.parent()?;
+    let root = directory.parent()?;
+    let in_packages = || [root.join("usr/lib/modules").join(release), root.join("lib/modules").join(release)];
+    let candidates = match directory.file_name()?.to_str()? {
+        "boot" => in_packages().into(),
+        name if name == release => vec![directory.to_owned()],
+        _ => Vec::new(),
+    };
+    candidates.into_iter().find(|path| path.join("kernel").is_dir())
+}
+
 /// The directory itself, or the one for this release below it.
 fn find(directory: &Path, release: &str) -> Result<PathBuf> {
     if !directory.is_dir() {
@@ -199,6 +213,16 @@ mod tests {
         assert!(error.contains("has no modules of 7.4.0"), "{error}");
         let error = collect(Path::new("/nonexistent"), "7.4.0").unwrap_err().to_string();
         assert!(error.contains("is not a directory"), "{error}");
+    }
+
+    #[test]
+    fn modules_are_found_where_packages_put_them() {
+        let root = tree(&["kvm.ko"], "kernel/kvm.ko:\n");
+        let modules = root.path().join("lib/modules/7.3.4");
+        assert_eq!(beside(&root.path().join("boot/vmlinuz-7.3.4"), "7.3.4"), Some(modules.clone()));
+        assert_eq!(beside(&modules.join("vmlinuz"), "7.3.4"), Some(modules.clone()));
+        assert_eq!(beside(&root.path().join("bzImage"), "7.3.4"), None);
+        assert_eq!(beside(&root.path().join("boot/vmlinuz-7.4.0"), "7.4.0"), None);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::accel::Accel;
 use super::boot_image::BootImage;
 use super::initramfs::{self, Initramfs};
 use super::modules;
@@ -21,9 +22,11 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// The payload that does `duty` on `image`, with the modules of a directory.
-    pub fn new(image: &BootImage, module_directory: Option<&Path>, duty: Duty) -> Result<Payload> {
-        let modules = match module_directory {
+    /// The payload that does `duty` on `image`, with the modules of a directory, or those that lie beside it
+    /// as packages put them.
+    pub fn new(image: &BootImage, module_directory: Option<&Path>, accel: Accel, duty: Duty) -> Result<Payload> {
+        let beside = modules::beside(image.path(), image.release());
+        let modules = match module_directory.or(beside.as_deref()) {
             Some(directory) => modules::collect(directory, image.release())?,
             None => Vec::new(),
         };
@@ -34,7 +37,7 @@ impl Payload {
         for module in &modules {
             archive.file(&format!("{}/{}.ko", below_root(MODULE_DIR), module.file.name), &module.bytes)?;
         }
-        let task = Task { duty, modules: modules.into_iter().map(|module| module.file).collect() };
+        let task = Task { duty, accel, modules: modules.into_iter().map(|module| module.file).collect() };
         archive.file(below_root(TASK_PATH), &serde_json::to_vec(&task)?)?;
         Ok(Payload::of(image, archive.finish()?))
     }

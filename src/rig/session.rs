@@ -12,6 +12,7 @@ use super::console::Console;
 use super::payload::Payload;
 use super::qemu::Hardware;
 use super::replay::{Replay, Rest};
+use super::stop::StopSignal;
 use super::task::Duty;
 use super::wire::{CommandEnd, Hello};
 
@@ -27,8 +28,8 @@ pub struct Session<'a> {
     pub timeout: Duration,
     /// Takes a copy of the console.
     pub console: Option<File>,
-    /// Asked every few milliseconds for a signal that ends it all.
-    pub stop: &'a dyn Fn() -> Option<i32>,
+    /// A signal ends it all.
+    pub stop: Option<&'a StopSignal>,
 }
 
 /// What a run of tests took, besides what the reporters heard.
@@ -56,7 +57,7 @@ pub enum OnLoss {
 impl Session<'_> {
     /// Boots and does `duty`.
     pub fn boot(&self, duty: Duty, listener: &mut dyn Listener) -> Result<Boot> {
-        let payload = Payload::new(self.image, self.modules, duty)?;
+        let payload = Payload::new(self.image, self.modules, self.hardware.accel, duty)?;
         self.boot_payload(&payload, listener)
     }
 
@@ -88,7 +89,7 @@ impl Session<'_> {
         let mut preparation = Duration::ZERO;
         loop {
             let before = Instant::now();
-            let payload = Payload::new(self.image, self.modules, duty)?;
+            let payload = Payload::new(self.image, self.modules, self.hardware.accel, duty)?;
             if count == 0 {
                 preparation = before.elapsed();
             }
@@ -169,7 +170,7 @@ impl Session<'_> {
             Ok(path)
         };
         std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
-        let payload = Payload::new(self.image, self.modules, duty)?;
+        let payload = Payload::new(self.image, self.modules, self.hardware.accel, duty)?;
         let kernel = write(if payload.unpacked { "vmlinux" } else { "bzImage" }, &payload.kernel)?;
         let initramfs = write("initramfs.cpio", &payload.initramfs)?;
         let append = format!("{} {}", self.hardware.append, super::init::CONSOLE_PORT);
@@ -182,7 +183,7 @@ impl Session<'_> {
 
     /// Boots with the terminal as the console and a prompt; returns when QEMU ends.
     pub fn shell(&self) -> Result<std::process::ExitStatus> {
-        let payload = Payload::new(self.image, self.modules, Duty::Shell)?;
+        let payload = Payload::new(self.image, self.modules, self.hardware.accel, Duty::Shell)?;
         super::qemu::interactive(self.hardware, &payload.kernel, &payload.initramfs).map_err(|error| {
             let ending = super::ending::Ending::NotStarted(error);
             match ending.hint() {

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::accel::Accel;
+
 /// Path of the file in the guest; its presence is what makes this program, as PID 1, the rig's init.
 pub const TASK_PATH: &str = "/rig/task.json";
 /// Directory of the modules in the guest.
@@ -21,6 +23,8 @@ pub enum Duty {
 pub struct Task {
     /// What to do.
     pub duty: Duty,
+    /// What the machine runs on.
+    pub accel: Accel,
     /// File names below [`MODULE_DIR`], in the order in which they are loaded.
     pub modules: Vec<ModuleFile>,
 }

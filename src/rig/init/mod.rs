@@ -5,6 +5,7 @@
 
 mod command;
 mod devices;
+mod held_vm;
 mod limits;
 mod modules;
 mod mounts;
@@ -15,6 +16,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::accel::Accel;
 use super::task::{Duty, TASK_PATH, Task};
 use super::wire::{CommandEnd, Frame, Hello};
 
@@ -47,6 +49,7 @@ fn serve(task: &Task, complaints: &mut Vec<String>) {
     complaints.extend(modules::load(&task.modules));
     complaints.extend(devices::populate());
     limits::raise();
+    let _held = if task.accel == Accel::Tcg { held_vm::hold() } else { None };
     let words = kernel_words();
     match &task.duty {
         Duty::Run(arguments) if words.iter().any(|word| word == CONSOLE_PORT) => {
