@@ -120,7 +120,7 @@ pub struct Save {
 }
 
 /// Names of fields that may stand before their value without `=`.
-const FIELDS: [&str; 14] = [
+const FIELDS: [&str; 16] = [
     "type",
     "owner",
     "size",
@@ -135,6 +135,8 @@ const FIELDS: [&str; 14] = [
     "qualification",
     "counter",
     "epoch",
+    "req",
+    "leaf",
 ];
 
 impl Expectation {

@@ -294,7 +294,7 @@ fn known_field(field: &str, known: &[&str]) -> Result<(), Complaint> {
 pub(crate) fn fields(action: &Action) -> &'static [&'static str] {
     match action {
         Action::Guest(_) | Action::HoldGuest(..) | Action::Enter(..) | Action::Exit(..) | Action::Release(_) => {
-            &["value", "reason", "qualification", "eeq", "gpa", "level", "rip"]
+            &["value", "reason", "qualification", "eeq", "gpa", "type", "req", "level", "state", "leaf"]
         }
         Action::Host(_) => &["value"],
         Action::Look(look) => match look {

@@ -128,7 +128,7 @@ fn action(mut args: Args) -> Result<Action, Complaint> {
         "guest" | "tdcall" => return guest(args, &keyword).map(Action::Guest),
         "lock" => return Ok(Action::Lock(lock(args)?)),
         "unlock" => return Ok(Action::Unlock(lock(args)?)),
-        "fault" => return fault(args),
+        "fault" | "inject" => return fault(args),
         "rdmd" | "sept" | "look" => return look(args, &keyword).map(Action::Look),
         "host" => return host(args).map(Action::Host),
         _ => {}
@@ -272,7 +272,7 @@ pub(super) const SEPT_VE_DISABLE: &str = "sept-ve-disable";
 fn switch_name(text: &str) -> Result<String, Complaint> {
     let name = text.to_ascii_lowercase().replace('_', "-");
     let name = match name.as_str() {
-        "erratum" | "pw-mce" => "partial-write-erratum".to_string(),
+        "erratum" | "pw-erratum" | "pw-mce" => "partial-write-erratum".to_string(),
         _ => name,
     };
     if name == SEPT_VE_DISABLE || Switches::NAMES.contains(&name.as_str()) {

@@ -142,6 +142,7 @@ fn page_call(leaf: TdcallLeaf, args: &mut Args) -> Result<GuestOperation, Compla
 pub(super) fn hold(mut args: Args) -> Result<Action, Complaint> {
     let point = args.text(&["at", "point"]).map(|text| text.to_ascii_lowercase().replace('_', "-"));
     args.flag("guest");
+    args.flag("call");
     let first = args.peek_bare().unwrap_or_default().to_string();
     if args.peek_bare().is_some() && leaf_number(&first).is_err() {
         let vcpu = Expr::parse(&args.needed("a leaf", EXAMPLE)?)?;

@@ -15,7 +15,11 @@ pub(super) fn look(mut args: Args, keyword: &str) -> Result<Look, Complaint> {
             const EXAMPLE: &str = "sept gpa=0x0 level=0 -> MAPPED";
             let gpa = args.needed_expr(&["gpa"], "an address", EXAMPLE)?;
             let level = args.expr(&["level", "lvl"])?.unwrap_or(Expr::Number(0));
-            (Look::Sept { gpa, level, td: args.expr(&["td"])? }, EXAMPLE)
+            let td = match args.text(&["td"]).or_else(|| args.bare()) {
+                Some(td) => Some(Expr::parse(&td)?),
+                None => None,
+            };
+            (Look::Sept { gpa, level, td }, EXAMPLE)
         }
         _ => {
             const EXAMPLE: &str = "look td, look vcpu V, look hkid 1, look sys or look line p";

@@ -68,12 +68,17 @@ pub(super) fn exit_outcome(kind: fn(u64) -> Kind, exit: TdExit) -> Outcome {
         .number("qualification", exit.qualification())
         .number("eeq", exit.regs.rdx)
         .number("gpa", exit.regs.r8)
+        .number("type", exit.regs.rdx & 0xF)
+        .number("req", exit.regs.rdx >> 32 & 7)
+        .number("level", exit.regs.rdx >> 35 & 7)
+        .number("state", exit.regs.rdx >> 38 & 0xFF)
+        .number("leaf", exit.regs.rdx >> 46 & 1)
 }
 
 fn hold_point(name: Option<&str>) -> Result<HoldPoint, Complaint> {
     let Some(name) = name else { return Ok(HoldPoint::Commit) };
     let name = match name {
-        "locked" | "locks" | "end" => "commit",
+        "locked" | "locks" | "locks-taken" | "before-commit" => "commit",
         "sept-tree" => "tree",
         "sept-entry" => "entry",
         "td-epoch" => "epoch",

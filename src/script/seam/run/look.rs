@@ -16,6 +16,19 @@ use crate::sim::tdx_module::{Leaf, Outcome as LeafOutcome, Regs};
 
 const LINE: u64 = 64;
 
+/// What is looked at, for a mismatch.
+pub(super) fn subject(look: &Look) -> &'static str {
+    match look {
+        Look::Rdmd(..) => "TDH.PHYMEM.PAGE.RDMD",
+        Look::Sept { .. } => "sept",
+        Look::Td(_) => "look td",
+        Look::Vcpu(_) => "look vcpu",
+        Look::Hkid(_) => "look hkid",
+        Look::Sys => "look sys",
+        Look::Line(_) => "look line",
+    }
+}
+
 impl Runner<'_> {
     pub(super) fn look(&mut self, look: &Look) -> Ran {
         match look {

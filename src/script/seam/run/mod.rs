@@ -408,7 +408,7 @@ impl Runner<'_> {
                 self.machine()?.names.insert(name.to_string(), index);
             }
             for statement in body {
-                self.statement(statement).map_err(Stop::Inner)?;
+                self.statement(statement).map_err(|failure| Stop::Inner(at_repetition(failure, index)))?;
             }
         }
         Ok(Outcome::new(Kind::Value(count)))
@@ -450,12 +450,24 @@ fn set_option(plan: &mut Plan, name: &str, value: u64) -> Result<(), Complaint> 
     Ok(())
 }
 
+/// A failure inside a `repeat`, which says where it had come to.
+fn at_repetition(failure: Failure, index: u64) -> Failure {
+    match failure {
+        Failure::Mismatch(mut mismatch) => {
+            mismatch.statement.push_str(&format!("    # repetition {index}"));
+            Failure::Mismatch(mismatch)
+        }
+        script => script,
+    }
+}
+
 /// What a mismatch of this statement is about.
 fn subject(statement: &Statement) -> String {
     match &statement.action {
         Action::Call(call) | Action::Hold(call, _) => call::leaf_name(call),
         Action::Guest(guest) | Action::HoldGuest(guest, _) => guest::operation_name(&guest.operation),
         Action::Enter(..) => "TDH.VP.ENTER".to_string(),
+        Action::Look(look) => look::subject(look).to_string(),
         _ => statement.text.split_whitespace().next().unwrap_or_default().to_string(),
     }
 }
