@@ -173,6 +173,12 @@ mutants! {
     UnmapSkipsKick = "unmap-skips-kick",
     /// A busy module is not asked a second time.
     UnmapNeverRetries = "unmap-never-retries",
+    /// Conversion to private leaves a huge folio split.
+    ConvertSkipsMerge = "convert-skips-merge",
+    /// Base pages are merged although somebody holds one of them.
+    MergeDespiteReferences = "merge-despite-references",
+    /// Splitting a huge mapping forgets all pages but the first.
+    SplitMapsOnePage = "split-maps-one-page",
     /// cachestat counts one page more.
     CachestatOffByOne = "cachestat-off-by-one",
 }

@@ -7,7 +7,7 @@ use super::mmu::tdx::TdxHost;
 use super::mmu::{Vm, VmId};
 use super::mutant::Mutant;
 use super::policy::Costs;
-use super::profile::Profile;
+use super::profile::{Kernel, Profile};
 use super::tdx_module::Switches;
 use crate::machine::{Errno, Release};
 use std::collections::BTreeMap;
@@ -28,6 +28,10 @@ pub struct World {
     pub tdx: Option<Box<TdxHost>>,
     /// What the policy did besides unmapping.
     pub costs: Costs,
+    /// Looks at a reference count while waiting to split or merge a folio.
+    pub freeze_spins: u64,
+    /// Huge S-EPT mappings that were split.
+    pub splits: u64,
     /// Frames that were handed out while the TDX module owned them.
     pub reused_while_owned: Vec<Pfn>,
     /// What the kernel would have logged.
@@ -47,6 +51,8 @@ impl World {
             vms: BTreeMap::new(),
             tdx: None,
             costs: Costs::default(),
+            freeze_spins: 0,
+            splits: 0,
             reused_while_owned: Vec::new(),
             log: Vec::new(),
             checks: true,
@@ -56,10 +62,12 @@ impl World {
 
     /// An empty machine with a TDX module, and frames of each order of folio for as many GiB.
     pub fn with_tdx(profile: Profile, base_gib: u64, pmd_gib: u64, pud_gib: u64) -> World {
+        let enhanced_demote = profile.kernel == Kernel::Huge;
+        let switches = Switches { enhanced_demote, ..Switches::default() };
         let mut world = World::new(profile);
         let regions = TdxHost::regions(base_gib, pmd_gib, pud_gib);
         world.host.allocator = Allocator::new(regions);
-        world.tdx = Some(Box::new(TdxHost::boot(&regions, Switches::default())));
+        world.tdx = Some(Box::new(TdxHost::boot(&regions, switches)));
         world
     }
 

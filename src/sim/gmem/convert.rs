@@ -4,6 +4,7 @@ use super::super::World;
 use super::super::mmu::ZapFilter;
 use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mutant::Mutant;
+use super::super::profile::FrameModel;
 use super::{FileId, InodeId};
 use crate::machine::{ConvertError, Errno, PAGE_SIZE};
 use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
@@ -15,9 +16,9 @@ impl From<Errno> for ConvertError {
     }
 }
 
-/// A private page that cannot become shared: unlike EAGAIN, trying again does not help.
-fn stuck(index: u64) -> ConvertError {
-    ConvertError { errno: Errno::EFAULT, offset: Some(index * PAGE_SIZE) }
+/// An error at a page.
+fn at(errno: Errno, index: u64) -> ConvertError {
+    ConvertError { errno, offset: Some(index * PAGE_SIZE) }
 }
 
 impl World {
@@ -68,17 +69,25 @@ impl World {
         if !self.mutant(Mutant::ConvertSkipsZap) {
             let _ = self.gmem_zap_bindings(inode, first, last, ZapFilter::Shared, ZapContext::Void);
         }
+        let before = self.gmem.inodes[&inode].converted.clone();
         self.store_private(inode, first, last, true);
-        Ok(())
+        self.gmem_merge(inode, first, last).map_err(|index| {
+            if let Some(node) = self.gmem.inodes.get_mut(&inode) {
+                node.converted = before;
+            }
+            at(Errno::EAGAIN, index.max(first))
+        })
     }
 
     fn convert_to_shared(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(), ConvertError> {
         if !self.mutant(Mutant::ConvertSkipsZap) {
-            self.gmem_zap_bindings(inode, first, last, ZapFilter::Private, ZapContext::Fallible).map_err(stuck)?;
+            self.gmem_zap_bindings(inode, first, last, ZapFilter::Private, ZapContext::Fallible)
+                .map_err(|stuck| at(stuck.errno, stuck.index))?;
             if let Some(index) = self.policy_still_in_use(inode, first, last) {
-                return Err(stuck(index));
+                return Err(at(Errno::EFAULT, index));
             }
         }
+        self.gmem_split(inode, first, last).map_err(|index| at(Errno::EAGAIN, index))?;
         self.store_private(inode, first, last, false);
         Ok(())
     }
@@ -93,6 +102,9 @@ impl World {
     /// First page index of the first folio in a range to which somebody besides the page cache holds a reference. LRU
     /// batches are drained once before a folio is called unsafe.
     fn first_unsafe(&mut self, inode: InodeId, first: u64, last: u64) -> Option<u64> {
+        if self.profile.frames == FrameModel::PfnMap {
+            return None;
+        }
         if self.mutant(Mutant::ConvertIgnoresReferences) {
             return None;
         }

@@ -44,7 +44,8 @@ impl World {
     ///
     /// # Errors
     /// EBADF, EINVAL, EOPNOTSUPP, EFBIG, EINVAL (alignment, size), ENOMEM; EFAULT from a punch, with nothing punched, when a
-    /// private page cannot be unmapped and the policy reports it.
+    /// private page cannot be unmapped and the policy reports it; EIO when a huge mapping cannot be split; EAGAIN when
+    /// somebody holds a page of a split huge folio.
     pub fn gmem_fallocate(&mut self, file: FileId, mode: i32, offset: i64, len: i64) -> Result<(), Errno> {
         let inode = self.gmem.files.get(&file).ok_or(Errno::EBADF)?.inode;
         let unsupported = if self.mutant(Mutant::FallocateModeIsEinval) { Errno::EINVAL } else { Errno::EOPNOTSUPP };
@@ -102,9 +103,11 @@ impl World {
         };
         if !self.mutant(Mutant::PunchSkipsZap) {
             let filter = self.punch_filter(inode);
-            self.gmem_zap_bindings(inode, first, last, filter, ZapContext::Fallible).map_err(|_| Errno::EFAULT)?;
+            let zapped = self.gmem_zap_bindings(inode, first, last, filter, ZapContext::Fallible);
+            zapped.map_err(|stuck| stuck.errno)?;
         }
-        self.gmem_truncate(inode, first, last.min(MAX_FILE_SIZE / PAGE_SIZE));
+        let (first, last) = self.gmem_punch_huge(inode, first, last.min(MAX_FILE_SIZE / PAGE_SIZE))?;
+        self.gmem_truncate(inode, first, last);
         Ok(())
     }
 

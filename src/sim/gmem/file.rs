@@ -6,6 +6,7 @@ use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mmu::{SlotKey, VmId, ZapFilter};
 use super::super::mutant::Mutant;
 use super::super::{RangeMap, World};
+use super::huge::folio_order;
 use super::{Inode, InodeId};
 use crate::machine::{Errno, PAGE_SIZE, Protection};
 use crate::uapi::kvm::GUEST_MEMFD_FLAG_MMAP;
@@ -38,6 +39,15 @@ pub struct File {
     pub bindings: Vec<Binding>,
 }
 
+/// Where an unmap got stuck.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StuckAt {
+    /// Page index of the first page that stays mapped.
+    pub index: u64,
+    /// What the call returns.
+    pub errno: Errno,
+}
+
 /// MAX_LFS_FILESIZE on 64-bit.
 pub const MAX_FILE_SIZE: u64 = i64::MAX as u64;
 const MAP_SYNC: i32 = 0x80000;
@@ -56,12 +66,15 @@ impl World {
         if self.mutant(Mutant::CreateChecksReserved) && reserved != [0; 6] {
             return Err(Errno::EINVAL);
         }
+        let asked = folio_order(self.profile.kernel, flags, size);
+        let flags = asked.map_or(flags, |(_, flags)| flags);
         if flags & !self.profile.kernel.gmem_flags(Some(vm_type)) != 0 && !self.mutant(Mutant::CreateIgnoresFlags) {
             return Err(Errno::EINVAL);
         }
         if negative || (!size.is_multiple_of(PAGE_SIZE) && !self.mutant(Mutant::CreateAcceptsUnaligned)) {
             return Err(Errno::EINVAL);
         }
+        let (order, _) = asked?;
         let inode = self.fresh_id();
         let number = if self.mutant(Mutant::InodeNumberReused) { 4000 } else { 4000 + inode };
         let modified_ns = self.now_ns();
@@ -71,6 +84,7 @@ impl World {
                 number,
                 size,
                 flags,
+                order,
                 pages: BTreeMap::new(),
                 converted: RangeMap::default(),
                 mapped_counts: RangeMap::default(),
@@ -139,7 +153,7 @@ impl World {
     /// Unmaps from every guest the pages `first..last` of an inode, by the bindings of its files.
     ///
     /// # Errors
-    /// Index of the first page that stays mapped, under a policy that reports it.
+    /// The first page that stays mapped, under a policy that reports it or when a huge mapping cannot be split.
     pub fn gmem_zap_bindings(
         &mut self,
         inode: InodeId,
@@ -147,7 +161,7 @@ impl World {
         last: u64,
         filter: ZapFilter,
         context: ZapContext,
-    ) -> Result<(), u64> {
+    ) -> Result<(), StuckAt> {
         let bindings: Vec<(VmId, Binding)> = self
             .gmem
             .files
@@ -161,8 +175,10 @@ impl World {
             if from < to {
                 let base_gfn = slot.base_gfn;
                 let gfn = base_gfn + (from - binding.pgoff);
-                self.zap_gfns(vm, gfn, gfn + (to - from), filter, context)
-                    .map_err(|error| binding.pgoff + (error.gfn.max(gfn) - base_gfn))?;
+                self.zap_gfns(vm, gfn, gfn + (to - from), filter, context).map_err(|error| StuckAt {
+                    index: binding.pgoff + (error.gfn.max(gfn) - base_gfn),
+                    errno: error.errno(),
+                })?;
             }
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use super::super::host::{Cpu, Flags, Holder, Order, Pfn};
 use super::super::mutant::Mutant;
+use super::super::profile::FrameModel;
 use super::super::{RangeMap, World};
 use crate::machine::{Errno, PAGE_SIZE};
 use crate::uapi::kvm::GUEST_MEMFD_FLAG_INIT_SHARED;
@@ -19,6 +20,8 @@ pub struct Inode {
     pub size: u64,
     /// GUEST_MEMFD_FLAG_*.
     pub flags: u64,
+    /// Size of the folios it is made of.
+    pub order: Order,
     /// First page index to first frame of each folio in the page cache.
     pub pages: BTreeMap<u64, Pfn>,
     /// Pages whose shareability is not the one that the file was created with.
@@ -73,11 +76,17 @@ impl World {
         if let Some(pfn) = self.gmem_lookup(inode, index) {
             return Ok(pfn);
         }
-        let pfn = self.alloc_folio(Order::Base, Holder::PageCache)?;
+        let order = self.gmem.inodes.get(&inode).map_or(Order::Base, |node| node.order);
+        let pfn = self.alloc_folio(order, Holder::PageCache)?;
+        if order != Order::Base {
+            return Ok(self.gmem_alloc_huge(inode, index, pfn));
+        }
         self.host.frames.set_mapping(pfn, Some((inode, index)));
         self.host.frames.set_flags(pfn, Flags::UNEVICTABLE);
         self.gmem.inodes.get_mut(&inode).expect("the file is open").pages.insert(index, pfn);
-        self.host.lru_add(cpu, pfn);
+        if self.profile.frames == FrameModel::StructPage {
+            self.host.lru_add(cpu, pfn);
+        }
         Ok(pfn)
     }
 
@@ -88,7 +97,13 @@ impl World {
             self.gmem_unmap_host(inode, first, last);
         }
         let Some(node) = self.gmem.inodes.get_mut(&inode) else { return };
-        let indices: Vec<u64> = node.pages.range(first..last).map(|(index, _)| *index).collect();
+        let whole = |index: u64, pfn: Pfn| index.saturating_add(self.host.frames.extent(pfn).1) <= last;
+        let indices: Vec<u64> = node
+            .pages
+            .range(first..last)
+            .filter(|(index, pfn)| whole(**index, **pfn))
+            .map(|(index, _)| *index)
+            .collect();
         let folios: Vec<(u64, Pfn)> =
             indices.into_iter().filter_map(|index| Some((index, node.pages.remove(&index)?))).collect();
         if !folios.is_empty() {

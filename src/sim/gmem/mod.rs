@@ -2,13 +2,16 @@
 //!
 //! [`inode`] owns the pages and allocates them, [`file`] creates, maps and releases, [`fallocate`] allocates and punches,
 //! [`fault`] is what a host access and a guest access get, [`calls`] is every other system call, [`memory_failure`] is
-//! poison, [`convert`] conversion in place. The order of the checks in each is the kernel's (virt/kvm/guest_memfd.c and the VFS in front of it).
+//! poison, [`convert`] conversion in place, [`huge`] folios of 2M and 1G. The order of the checks in each is the kernel's (virt/kvm/guest_memfd.c and the VFS in front of it).
 
 pub mod calls;
 pub mod convert;
 pub mod fallocate;
 pub mod fault;
 pub mod file;
+pub mod huge;
+#[cfg(test)]
+mod huge_tests;
 pub mod inode;
 pub mod memory_failure;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::super::World;
 use super::super::gmem::fault::Access;
 use super::super::mutant::Mutant;
+use super::super::profile::FrameModel;
 use super::folio::PIN_BIAS;
 use super::mm::PoisonEntries;
 use super::{AccessError, Backing, Cpu, Flags, Holder, Order, Pfn, Pte, Vma};
@@ -221,6 +222,12 @@ impl World {
         let end = start.checked_add(len).ok_or(Errno::EFAULT)?;
         let mut addr = start & !(PAGE_SIZE - 1);
         while addr < end {
+            let vma = self.host.mm.vma_at(addr);
+            let pfnmap = self.profile.frames == FrameModel::PfnMap;
+            if pfnmap && vma.is_some_and(|vma| matches!(vma.backing, Backing::Gmem { .. })) {
+                self.release_hold(id, &frames, kind);
+                return Err(Errno::EFAULT);
+            }
             let access = if kind == HoldKind::Pin { Access::Write } else { Access::Read };
             match self.host_translate(addr, access, Cpu::Host) {
                 Ok(pa) => {

@@ -2,7 +2,7 @@
 
 use super::Pfn;
 use crate::machine::Errno;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 /// Sizes of folios.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -65,6 +65,8 @@ pub struct Allocator {
     retired: u64,
     failures: VecDeque<(u64, Errno)>,
     pool_limit: Option<u64>,
+    /// Huge folios that were split: how many of their base frames came back.
+    split: HashMap<Pfn, (Order, u64)>,
 }
 
 impl Default for Allocator {
@@ -83,6 +85,7 @@ impl Allocator {
             retired: 0,
             failures: VecDeque::new(),
             pool_limit: None,
+            split: HashMap::new(),
         }
     }
 
@@ -114,8 +117,31 @@ impl Allocator {
         Ok(pfn)
     }
 
+    /// Notes that a huge folio is base pages now: its frames go back to the pool together, when the last one is free.
+    pub fn note_split(&mut self, head: Pfn, order: Order) {
+        self.split.insert(head, (order, 0));
+    }
+
+    /// Notes that a split folio is one again.
+    pub fn note_merge(&mut self, head: Pfn) {
+        self.split.remove(&head);
+    }
+
     /// Takes a folio's frames back.
     pub fn give_back(&mut self, pfn: Pfn, order: Order) {
+        let heads = [Order::Pmd, Order::Pud].map(|huge| huge.align_down(pfn));
+        if order == Order::Base
+            && let Some(head) = heads.into_iter().find(|head| self.split.contains_key(head))
+            && let Some((huge, back)) = self.split.get_mut(&head)
+        {
+            *back += 1;
+            if *back < huge.pages() {
+                return;
+            }
+            let huge = *huge;
+            self.split.remove(&head);
+            return self.free[huge.slot()].push(head);
+        }
         self.free[order.slot()].push(pfn);
     }
 

@@ -132,6 +132,14 @@ impl World {
         }
     }
 
+    /// Zeroes one page, whoever wrote it last.
+    pub fn zero_page(&mut self, pfn: Pfn) {
+        match &mut self.tdx {
+            None => self.host.contents.fill(pfn * PAGE_SIZE, PAGE_SIZE, 0),
+            Some(tdx) => tdx.module.host_reset(pfn * PAGE_SIZE, PAGE_SIZE),
+        }
+    }
+
     /// Allocates a folio, and notes when the TDX module still owns a page of it.
     ///
     /// # Errors

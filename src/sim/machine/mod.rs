@@ -15,7 +15,7 @@ mod vm;
 
 use super::host::{Flags, Holder};
 use super::mmu::capabilities::capability;
-use super::{Profile, World};
+use super::{FrameModel, Profile, World};
 use crate::machine::{
     Availability, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, SpecError, Vm, VmConfig,
     VmType,
@@ -157,7 +157,8 @@ impl Machine for SimMachine {
         const KPF_MMAP: u64 = 1 << 11;
         const KPF_NOPAGE: u64 = 1 << 20;
         self.shared.with(|world| {
-            let Some(folio) = world.host.frames.folio(frame) else { return Ok(KPF_NOPAGE) };
+            let folio = world.host.frames.folio(frame).filter(|_| world.profile.frames == FrameModel::StructPage);
+            let Some(folio) = folio else { return Ok(KPF_NOPAGE) };
             let lru = folio.flags.contains(Flags::LRU);
             let flags = if lru { folio.flags.0 } else { folio.flags.0 & !Flags::UNEVICTABLE.0 };
             Ok(if folio.mapcount > 0 { flags | KPF_MMAP } else { flags })

@@ -91,7 +91,9 @@ impl World {
             }
             let index = slot.pgoff + (gfn - slot.base_gfn);
             let pfn = self.gmem_get_pfn(slot.file, index).map_err(memory_fault)?;
-            (gfn, Spte { pfn, order: Order::Base, writable: true })
+            let order = self.max_gmem_order(vm, &slot, gfn, pfn);
+            let first = order.align_down(gfn);
+            (first, Spte { pfn: pfn - (gfn - first), order, writable: true })
         } else {
             self.shared_side(vm, &slot, gfn, access)?
         };
@@ -137,6 +139,24 @@ impl World {
         }
         let page = hva / PAGE_SIZE % pte.order.pages();
         Ok((gfn, Spte { pfn: pte.pfn + page, order: Order::Base, writable }))
+    }
+
+    /// The largest size at which a page of a guest_memfd can be mapped: its folio's, as far as the slot, the attributes and,
+    /// in a TD, what is mapped already allow.
+    fn max_gmem_order(&self, vm: VmId, slot: &Slot, gfn: u64, pfn: u64) -> Order {
+        let (_, pages) = self.host.frames.extent(pfn);
+        let state = &self.vms[&vm];
+        let is_td = state.has_mirror();
+        let fits = |order: &Order| {
+            let (block, size) = (order.align_down(gfn), order.pages());
+            let inside = block >= slot.base_gfn && block + size <= slot.end_gfn();
+            let alike = slot.pgoff % size == slot.base_gfn % size;
+            let free = !is_td
+                || (state.mirror.in_range(block, block + size).is_empty() && !state.huge_inhibited.contains(&block));
+            size <= pages && inside && alike && free && !self.is_mixed(vm, block, block + size)
+        };
+        let largest: &[Order] = if is_td { &[Order::Pmd] } else { &[Order::Pud, Order::Pmd] };
+        largest.iter().copied().find(fits).unwrap_or(Order::Base)
     }
 
     /// KVM_LPAGE_MIXED_FLAG of a block: its gfns do not all have the same attributes.

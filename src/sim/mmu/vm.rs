@@ -4,7 +4,7 @@ use super::super::{RangeMap, World};
 use super::tdx::Td;
 use super::{Root, Slots};
 use crate::machine::{Errno, VmType};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Identifies a VM in the model.
 pub type VmId = u64;
@@ -49,6 +49,8 @@ pub struct Vm {
     pub mirror: Root,
     /// The TD, once it is initialised.
     pub td: Option<Td>,
+    /// First gfns of the 2M blocks that stay at 4K because the guest accepted a part of them (GUEST_INHIBIT).
+    pub huge_inhibited: BTreeSet<u64>,
     /// mmu_invalidate_seq.
     pub invalidate_seq: u64,
     /// vm_bugged: KVM_BUG_ON fired.
@@ -77,6 +79,7 @@ impl Vm {
             direct: Root::default(),
             mirror: Root::default(),
             td: None,
+            huge_inhibited: BTreeSet::new(),
             invalidate_seq: 0,
             bugged: false,
             dead: false,

@@ -10,6 +10,7 @@ pub mod destroy;
 pub mod map;
 pub mod run;
 pub mod seamcall;
+pub mod split;
 #[cfg(test)]
 mod tests;
 pub mod unmap;

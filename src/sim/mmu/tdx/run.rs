@@ -6,6 +6,7 @@ use crate::sim::World;
 use crate::sim::gmem::fault::Access;
 use crate::sim::mmu::VmId;
 use crate::sim::mmu::fault::{Fault, Origin, Request};
+use crate::sim::profile::Kernel;
 use crate::sim::tdx_module::guest::{GuestException, GuestOutcome, TdExit, exit_reason};
 use crate::sim::tdx_module::memory::LineTag;
 use crate::sim::tdx_module::{Code, Leaf, LpId, Reg, Regs, Status, TdcallLeaf};
@@ -19,6 +20,8 @@ const VECTOR_VE: u8 = 20;
 const VECTOR_DF: u8 = 8;
 /// #PF.
 const VECTOR_PF: u8 = 14;
+/// Type of the extended exit qualification: ACCEPT found no page of its level to accept.
+const ACCEPT_VIOLATION: u8 = 1;
 /// Type of the extended exit qualification: the page is PENDING.
 const PENDING_VIOLATION: u8 = 6;
 
@@ -83,8 +86,11 @@ impl World {
         if self.tdx_host().module.tdcall(lp, &mut regs).is_err() {
             return Err(Fault::Retry);
         }
+        let mut level = u8::from(self.profile.kernel == Kernel::Huge);
         loop {
-            match self.td_execute(vm, vcpu, Instruction::Accept(gpa & !(PAGE_SIZE - 1), 0)) {
+            let page = gpa & !((PAGE_SIZE << (9 * level)) - 1);
+            match self.td_execute(vm, vcpu, Instruction::Accept(page, level)) {
+                Ok(status) if Status(status).is(Code::PageSizeMismatch) && level > 0 => level -= 1,
                 Ok(status) if Status(status).is_zero() || Status(status).is(Code::PageAlreadyAccepted) => {
                     return Err(Fault::Retry);
                 }
@@ -137,6 +143,20 @@ impl World {
                 let line = format!("guest access before accepting {:#x}", exit.regs.r8);
                 self.log.push(line);
                 Err(Fault::exit(Exit::Failed { errno: Errno::EIO, reason: KVM_EXIT_UNKNOWN }))
+            }
+            exit_reason::EPT_VIOLATION if exit.extended_type() == ACCEPT_VIOLATION => {
+                let gfn = exit.regs.r8 / PAGE_SIZE;
+                let requested_4k = exit.regs.rdx >> 32 & 7 == 0;
+                if requested_4k {
+                    self.tdx_split_for_accept(vm, gfn).map_err(|_| Fault::Failed(Errno::EIO))?;
+                }
+                if self.vms.get(&vm).is_none_or(|vm| vm.mirror.get(gfn).is_none()) {
+                    self.handle_fault(
+                        vm,
+                        Request { gfn, private: true, access: Access::Write, origin: Origin::Guest },
+                    )?;
+                }
+                Err(Fault::Retry)
             }
             exit_reason::EPT_VIOLATION => {
                 let gfn = exit.regs.r8 / PAGE_SIZE;

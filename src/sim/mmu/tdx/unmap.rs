@@ -3,7 +3,7 @@
 use super::TdState;
 use super::map::level_of;
 use super::seamcall::Answer;
-use crate::machine::PAGE_SIZE;
+use crate::machine::{Errno, PAGE_SIZE};
 use crate::sim::World;
 use crate::sim::host::{Order, Pfn};
 use crate::sim::mmu::VmId;
@@ -22,6 +22,13 @@ pub struct UnmapError {
     pub status: Status,
 }
 
+impl UnmapError {
+    /// What a call that can take an error returns.
+    pub fn errno(&self) -> Errno {
+        if self.leaf == Leaf::MemPageDemote { Errno::EIO } else { Errno::EFAULT }
+    }
+}
+
 /// Whether the caller can take an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZapContext {
@@ -37,6 +44,10 @@ impl World {
     /// # Errors
     /// The first page that stays mapped, under a policy that reports it; every other policy deals with it and goes on.
     pub fn tdx_zap_private(&mut self, vm: VmId, first: u64, last: u64, context: ZapContext) -> Result<(), UnmapError> {
+        let split = self.tdx_split_edges(vm, first, last);
+        if context == ZapContext::Fallible {
+            split?;
+        }
         let Some(state) = self.vms.get(&vm) else { return Ok(()) };
         for gfn in state.mirror.in_range(first, last) {
             let Some((gfn, spte)) = self.vms[&vm].mirror.get(gfn) else { continue };
@@ -104,7 +115,7 @@ impl World {
     }
 
     /// tdx_track: a new TLB epoch, and every vCPU out of the old one. A failure bugs the VM, and the removal goes on.
-    fn tdx_track(&mut self, vm: VmId, td: &super::Td) {
+    pub(super) fn tdx_track(&mut self, vm: VmId, td: &super::Td) {
         if !self.mutant(Mutant::UnmapSkipsTrack) {
             let tracked = self.no_vcpus_call(vm, Leaf::MemTrack, &[(Reg::Rcx, td.tdr_pa())]);
             if !tracked.status.is_zero() {
@@ -117,7 +128,7 @@ impl World {
     }
 
     /// tdh_do_no_vcpus: when busy, every vCPU is kicked out and the call made once more.
-    fn no_vcpus_call(&mut self, vm: VmId, leaf: Leaf, operands: &[(Reg, u64)]) -> Answer {
+    pub(super) fn no_vcpus_call(&mut self, vm: VmId, leaf: Leaf, operands: &[(Reg, u64)]) -> Answer {
         let answer = self.tdh(leaf, operands);
         if !answer.is_busy() || self.mutant(Mutant::UnmapNeverRetries) {
             return answer;

@@ -1,0 +1,183 @@
+//! Huge folios of a guest_memfd: one folio while every page of a block is private, base pages once a part is shared.
+//!
+//! A block is as many pages as the file's page size has. Splitting and merging take the folio's count away for a moment
+//! (folio_ref_freeze): with an unexpected reference they wait for it to go. The model waits a bounded number of looks, counts
+//! them in [`World::freeze_spins`], and gives up with EAGAIN.
+
+use super::super::World;
+use super::super::host::{Order, Pfn};
+use super::super::mutant::Mutant;
+use super::super::profile::{GMEM_FLAG_HUGETLB, GMEM_HUGE_SHIFT, Kernel};
+use super::InodeId;
+use crate::machine::{Errno, PAGE_SIZE};
+
+/// How often a count is looked at before it is believed.
+const FREEZE_LOOKS: u32 = 64;
+/// Mask of the page size in the creation flags, before the shift.
+const HUGE_MASK: u64 = 0x3f;
+
+/// The size of the folios that creation flags ask for, and the flags without it.
+///
+/// # Errors
+/// EINVAL for a size that is neither 2 MiB nor 1 GiB, or does not divide the file's.
+pub fn folio_order(kernel: Kernel, flags: u64, size: u64) -> Result<(Order, u64), Errno> {
+    if kernel != Kernel::Huge || flags & GMEM_FLAG_HUGETLB == 0 {
+        return Ok((Order::Base, flags));
+    }
+    let order = match flags >> GMEM_HUGE_SHIFT & HUGE_MASK {
+        21 => Order::Pmd,
+        30 => Order::Pud,
+        _ => return Err(Errno::EINVAL),
+    };
+    if !size.is_multiple_of(order.pages() * PAGE_SIZE) {
+        return Err(Errno::EINVAL);
+    }
+    Ok((order, flags & !(HUGE_MASK << GMEM_HUGE_SHIFT)))
+}
+
+impl World {
+    fn order_of(&self, inode: InodeId) -> Order {
+        self.gmem.inodes.get(&inode).map_or(Order::Base, |node| node.order)
+    }
+
+    fn is_block_private(&self, inode: InodeId, block: u64, order: Order) -> bool {
+        self.gmem.inodes.get(&inode).is_some_and(|node| node.all_private(block, block + order.pages(), true))
+    }
+
+    /// First page indices of the blocks that have a page in `first..last`.
+    fn blocks(&self, inode: InodeId, first: u64, last: u64) -> Vec<u64> {
+        let order = self.order_of(inode);
+        let mut blocks: Vec<u64> =
+            self.gmem_folios(inode, first, last).iter().map(|(index, _)| order.align_down(*index)).collect();
+        blocks.dedup();
+        blocks
+    }
+
+    /// A huge folio for the block of a page, split at once when a part of the block is shared.
+    ///
+    /// # Errors
+    /// ENOMEM when the pool is empty.
+    pub fn gmem_alloc_huge(&mut self, inode: InodeId, index: u64, pfn: Pfn) -> Pfn {
+        let order = self.order_of(inode);
+        let block = order.align_down(index);
+        self.host.frames.set_mapping(pfn, Some((inode, block)));
+        if let Some(node) = self.gmem.inodes.get_mut(&inode) {
+            node.pages.insert(block, pfn);
+        }
+        if !self.is_block_private(inode, block, order) {
+            self.split_folio(inode, block, pfn, order);
+        }
+        pfn + (index - block)
+    }
+
+    fn split_folio(&mut self, inode: InodeId, block: u64, pfn: Pfn, order: Order) {
+        self.host.frames.split(pfn);
+        self.host.allocator.note_split(pfn, order);
+        if let Some(node) = self.gmem.inodes.get_mut(&inode) {
+            node.pages.remove(&block);
+            node.pages.extend((0..order.pages()).map(|i| (block + i, pfn + i)));
+        }
+    }
+
+    /// Waits for unexpected references to go; the answer is whether only `expected` are left.
+    fn freeze(&mut self, pfn: Pfn, expected: u32) -> bool {
+        for _ in 0..FREEZE_LOOKS {
+            if self.look_at_refs(pfn) == expected {
+                return true;
+            }
+            self.freeze_spins += 1;
+        }
+        false
+    }
+
+    /// Splits the huge folios that have a page in a range.
+    ///
+    /// # Errors
+    /// First page index of a folio that somebody holds.
+    pub fn gmem_split(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(), u64> {
+        let order = self.order_of(inode);
+        if order == Order::Base {
+            return Ok(());
+        }
+        for (index, pfn) in self.gmem_folios(inode, first, last) {
+            if self.host.frames.extent(pfn).1 == 1 {
+                continue;
+            }
+            if !self.freeze(pfn, order.pages() as u32) {
+                return Err(index.max(first));
+            }
+            self.split_folio(inode, index, pfn, order);
+        }
+        Ok(())
+    }
+
+    /// Merges the split blocks of a range that are private as a whole.
+    ///
+    /// # Errors
+    /// Page index of the first page that somebody holds; nothing is merged then.
+    pub fn gmem_merge(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(), u64> {
+        let order = self.order_of(inode);
+        if order == Order::Base || self.mutant(Mutant::ConvertSkipsMerge) {
+            return Ok(());
+        }
+        let private = |world: &World, block: &u64| world.is_block_private(inode, *block, order);
+        let blocks: Vec<u64> =
+            self.blocks(inode, first, last).into_iter().filter(|block| private(self, block)).collect();
+        self.merge_blocks(inode, &blocks, order)
+    }
+
+    fn merge_blocks(&mut self, inode: InodeId, blocks: &[u64], order: Order) -> Result<(), u64> {
+        let pages = order.pages();
+        let split: Vec<u64> =
+            blocks.iter().copied().filter(|block| self.gmem_folios(inode, *block, block + pages).len() > 1).collect();
+        for block in &split {
+            for (index, pfn) in self.gmem_folios(inode, *block, block + pages) {
+                if !self.freeze(pfn, 1) && !self.mutant(Mutant::MergeDespiteReferences) {
+                    return Err(index);
+                }
+            }
+        }
+        for block in split {
+            let Some(pfn) = self.gmem_lookup(inode, block) else { continue };
+            self.host.frames.merge(pfn, order);
+            self.host.frames.set_mapping(pfn, Some((inode, block)));
+            self.host.allocator.note_merge(pfn);
+            if let Some(node) = self.gmem.inodes.get_mut(&inode) {
+                let tail: Vec<u64> = node.pages.range(block + 1..block + pages).map(|(index, _)| *index).collect();
+                for index in tail {
+                    node.pages.remove(&index);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a range ready to be punched: blocks that go as a whole are merged, parts of blocks are zeroed and stay. The
+    /// answer is the range of whole blocks.
+    ///
+    /// # Errors
+    /// EAGAIN when somebody holds a page of a split block that is to go.
+    pub fn gmem_punch_huge(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(u64, u64), Errno> {
+        let order = self.order_of(inode);
+        if order == Order::Base {
+            return Ok((first, last));
+        }
+        let pages = order.pages();
+        let (from, to) = (first.next_multiple_of(pages), order.align_down(last));
+        if from < to {
+            self.gmem_unmap_host(inode, from, to);
+            let blocks = self.blocks(inode, from, to);
+            self.merge_blocks(inode, &blocks, order).map_err(|_| Errno::EAGAIN)?;
+        }
+        let edges = if from < to { [(first, from), (to, last)] } else { [(first, last), (last, last)] };
+        for (start, end) in edges {
+            self.gmem_unmap_host(inode, start, end);
+            for index in start..end {
+                if let Some(pfn) = self.gmem_lookup(inode, index) {
+                    self.zero_page(pfn);
+                }
+            }
+        }
+        Ok((from, to.max(from)))
+    }
+}
