@@ -3,7 +3,7 @@
 use super::call::{AnyLeaf, Call, Stop};
 use super::leaf::Leaf;
 use super::lock::{Conflict, HeldLock, LockId, Mode, Side};
-use super::lp::HoldPoint;
+use super::lp::{Disorder, HoldPoint};
 use super::module::Module;
 use super::operand::Operand;
 use super::pamt::PageType;
@@ -14,6 +14,8 @@ use super::state::{Lifecycle, OpState};
 use super::status::{Code, Status, busy, invalid};
 use super::td::{TDCS_PAGES, Td};
 
+const IA32_TSC_ADJUST: u32 = 0x3B;
+const IA32_MISC_ENABLE: u32 = 0x1A0;
 const GPA_FIELD: u64 = 0x000F_FFFF_FFFF_F000;
 
 /// How a leaf reaches its entry of the Secure EPT.
@@ -221,6 +223,16 @@ impl Module {
             return Err(self.op_state_incorrect(op_state).into());
         }
         call.point(HoldPoint::OpState)
+    }
+
+    /// Refuses while the calling processor has a disorder.
+    pub(crate) fn check_order(&self, call: &Call, disorder: Disorder) -> Result<(), Stop> {
+        let status = match disorder {
+            Disorder::CpuidMaxvalLimited => Status::from(Code::LimitCpuidMaxvalSet),
+            Disorder::TscAdjustChanged => Status::new(Code::InconsistentMsr, IA32_TSC_ADJUST),
+            Disorder::MonitorOff => Status::new(Code::IncorrectMsrValue, IA32_MISC_ENABLE),
+        };
+        if self.lps[call.lp.0 as usize].disorders.contains(&disorder) { Err(status.into()) } else { Ok(()) }
     }
 
     /// `OP_STATE_INCORRECT` with the details of the module's generation.

@@ -1,6 +1,6 @@
 //! Logical processors: what each is doing, which locks it holds, and the translations it has cached (TDX module spec 1.5, 6.4).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 
 use super::call::Call;
@@ -69,6 +69,17 @@ pub enum Interrupt {
     Pending,
     /// Once, after it has looked this many times in vain.
     After(u64),
+}
+
+/// Something of a processor's own state that the module finds wrong when it looks (TDX module spec 5.6, 5.27).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Disorder {
+    /// IA32_MISC_ENABLE limits CPUID leaves: VP.ENTER answers `TDX_LIMIT_CPUID_MAXVAL_SET`.
+    CpuidMaxvalLimited,
+    /// IA32_TSC_ADJUST is not what SYS.INIT sampled: MNG.INIT, VP.INIT and VP.ENTER answer `TDX_INCONSISTENT_MSR | 0x3B`.
+    TscAdjustChanged,
+    /// IA32_MISC_ENABLE turns MONITOR off: VP.ENTER answers `TDX_INCORRECT_MSR_VALUE | 0x1A0`.
+    MonitorOff,
 }
 
 /// What a logical processor is doing.
@@ -150,6 +161,7 @@ pub(crate) struct Lp {
     /// Where the next leaf is to be held.
     pub hold: Option<HoldPoint>,
     pub interrupt: Interrupt,
+    pub disorders: BTreeSet<Disorder>,
     /// By TDR address.
     pub tlbs: BTreeMap<u64, Tlb>,
     /// A lock set kept for the next call.
@@ -167,6 +179,7 @@ impl Lp {
             hand_locks: Vec::new(),
             hold: None,
             interrupt: Interrupt::None,
+            disorders: BTreeSet::new(),
             tlbs: BTreeMap::new(),
             spare: Vec::new(),
         }

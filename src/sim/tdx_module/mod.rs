@@ -65,7 +65,7 @@ pub use call::{AnyLeaf, LpError, Outcome};
 pub use dispatch::Released;
 pub use invariants::Violation;
 pub use leaf::{Leaf, TdcallLeaf};
-pub use lp::{HoldPoint, Interrupt, LpId};
+pub use lp::{Disorder, HoldPoint, Interrupt, LpId};
 pub use memory::PhysicalMemory;
 pub use module::Module;
 pub use operand::Operand;

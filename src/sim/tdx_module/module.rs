@@ -3,7 +3,7 @@
 use super::fault::FaultPlan;
 use super::kot::{Kot, WbCache};
 use super::lock::{Conflict, HeldLock, LockId, LockWord, Mode, Side};
-use super::lp::{Activity, HoldPoint, Interrupt, Lp, LpId, Tlb, Translation};
+use super::lp::{Activity, Disorder, HoldPoint, Interrupt, Lp, LpId, Tlb, Translation};
 use super::memory::PhysicalMemory;
 use super::memory::lines::Caches;
 use super::pamt::{PageInfo, Pamt};
@@ -222,6 +222,11 @@ impl Module {
         self.clock_ns += ns;
     }
 
+    /// Sets the clock, back as well: a vCPU that left the guest later than that meets `TDX_TSC_ROLLBACK` at its next entry.
+    pub fn set_clock_ns(&mut self, ns: u64) {
+        self.clock_ns = ns;
+    }
+
     /// Makes the next `times` leaves that draw random numbers fail for want of entropy.
     pub fn fail_entropy(&mut self, times: u32) {
         self.entropy_failures = times;
@@ -233,6 +238,15 @@ impl Module {
     /// [`LpError::NoSuchLp`].
     pub fn set_interrupt(&mut self, lp: LpId, interrupt: Interrupt) -> Result<(), LpError> {
         self.lp_mut(lp)?.interrupt = interrupt;
+        Ok(())
+    }
+
+    /// Replaces what is wrong with a processor; an empty list puts it in order.
+    ///
+    /// # Errors
+    /// [`LpError::NoSuchLp`].
+    pub fn set_disorders(&mut self, lp: LpId, disorders: &[Disorder]) -> Result<(), LpError> {
+        self.lp_mut(lp)?.disorders = disorders.iter().copied().collect();
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! The general-purpose registers a leaf reads and writes.
+//! The registers a leaf reads and writes: sixteen general-purpose ones, and the XMM registers that TDG.VP.VMCALL can share.
 
 use std::fmt;
 use std::ops::{Index, IndexMut};
@@ -62,7 +62,7 @@ impl Reg {
     }
 }
 
-/// The sixteen general-purpose registers.
+/// The sixteen general-purpose registers and the sixteen XMM registers.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 #[allow(missing_docs)]
 pub struct Regs {
@@ -82,6 +82,19 @@ pub struct Regs {
     pub r13: u64,
     pub r14: u64,
     pub r15: u64,
+    pub xmm: [u128; 16],
+}
+
+impl Regs {
+    /// Takes from `other` the registers that a TDG.VP.VMCALL mask selects: bits 15:0 general-purpose, 31:16 XMM.
+    pub(crate) fn take_selected(&mut self, other: &Regs, mask: u64) {
+        for reg in Reg::ALL.into_iter().filter(|reg| mask >> *reg as u64 & 1 == 1) {
+            self[reg] = other[reg];
+        }
+        for n in (0..16).filter(|n| mask >> (16 + n) & 1 == 1) {
+            self.xmm[n] = other.xmm[n];
+        }
+    }
 }
 
 impl Index<Reg> for Regs {
@@ -140,6 +153,9 @@ impl fmt::Debug for Regs {
             if self[reg] != 0 {
                 list.field(reg.name(), &format_args!("{:#x}", self[reg]));
             }
+        }
+        for (n, value) in self.xmm.iter().enumerate().filter(|(_, value)| **value != 0) {
+            list.field(&format!("xmm{n}"), &format_args!("{value:#x}"));
         }
         list.finish_non_exhaustive()
     }

@@ -92,6 +92,10 @@ impl fmt::Display for GuestException {
 }
 
 /// What one guest instruction came to.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "an outcome lives for one instruction; a box would only cost an allocation an exit"
+)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuestOutcome {
     /// Done; a read's value.

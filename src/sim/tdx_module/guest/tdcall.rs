@@ -234,11 +234,7 @@ impl Module {
         self.leave_guest(lp, tdvpr, LastExit::Tdvmcall, super::super::state::VcpuState::Ready);
         let status = Status::new(Code::Success, exit_reason::TDCALL);
         let mut out = Regs { rax: status.0, rcx: regs.rcx, ..Regs::default() };
-        for reg in Reg::ALL {
-            if regs.rcx >> reg as u64 & 1 == 1 {
-                out[reg] = regs[reg];
-            }
-        }
+        out.take_selected(&regs, regs.rcx);
         GuestOutcome::Exit(TdExit { status, regs: out })
     }
 

@@ -5,10 +5,10 @@ use super::super::dispatch::{LeafResult, Success};
 use super::super::guest::exit_reason;
 use super::super::leaf::Leaf;
 use super::super::lock::{LockId, Mode};
-use super::super::lp::{Activity, HoldPoint};
+use super::super::lp::{Activity, Disorder, HoldPoint};
 use super::super::module::Module;
 use super::super::operand::Operand;
-use super::super::regs::{Reg, Regs};
+use super::super::regs::Regs;
 use super::super::sept::{SeptEntry, walk};
 use super::super::state::VcpuState;
 use super::super::status::{Code, Status, busy, invalid};
@@ -35,6 +35,7 @@ impl Module {
 
     fn try_enter(&mut self, call: &mut Call) -> LeafResult {
         let rcx = call.input.rcx;
+        self.check_order(call, Disorder::CpuidMaxvalLimited)?;
         if rcx & !(ADDRESS | HOST_RECOVERABILITY_HINT | RESUME_L1) != 0 {
             return Err(invalid(Operand::RCX).into());
         }
@@ -42,9 +43,11 @@ impl Module {
         self.td_state(call, tdr, Leaf::VpEnter, Some(Mode::Shared))?;
         self.check_enterable(call, tdvpr, tdr)?;
         self.check_enter_flags(rcx, tdvpr)?;
+        self.check_order(call, Disorder::TscAdjustChanged)?;
         if self.clock_ns < self.vcpu_ref(tdvpr)?.last_exit_tsc {
             return Err(Code::TscRollback.into());
         }
+        self.check_order(call, Disorder::MonitorOff)?;
         self.count_in_epoch(call, tdvpr, tdr)?;
         self.filter_zero_step(call, tdvpr, tdr)?;
         call.point(HoldPoint::Commit)?;
@@ -142,11 +145,8 @@ impl Module {
         let vcpu = self.vcpu_ref_mut(tdvpr)?;
         match vcpu.last_exit {
             LastExit::Tdvmcall => {
-                for reg in Reg::ALL {
-                    if vcpu.vmcall_mask >> reg as u64 & 1 == 1 {
-                        vcpu.gpr[reg] = input[reg];
-                    }
-                }
+                let mask = vcpu.vmcall_mask;
+                vcpu.gpr.take_selected(&input, mask);
                 (vcpu.gpr.rax, vcpu.gpr.rcx) = (0, vcpu.vmcall_mask);
             }
             LastExit::AsyncTrap if input.rcx & HOST_RECOVERABILITY_HINT != 0 => vcpu.gpr.rax |= STATUS_HINT,

@@ -6,7 +6,7 @@ use super::super::call::{Call, Stop};
 use super::super::dispatch::{DONE, LeafResult};
 use super::super::leaf::Leaf;
 use super::super::lock::Mode;
-use super::super::lp::HoldPoint;
+use super::super::lp::{Disorder, HoldPoint};
 use super::super::module::Module;
 use super::super::operand::Operand;
 use super::super::state::OpState;
@@ -135,6 +135,7 @@ impl Module {
         if !(4..=400).contains(&params.u16(40)) {
             return refuse(Operand::TSC_FREQUENCY);
         }
+        self.check_order(call, Disorder::TscAdjustChanged)?;
         let cpuid_end = CPUID_CONFIG_OFFSET + 16 * self.platform.cpuid_configs.len();
         if !params.zero(42..80) || !params.zero(232..256) || !params.zero(cpuid_end..1024) {
             return refuse(Operand::RDX);

@@ -4,7 +4,7 @@ use super::super::call::{Call, Stop};
 use super::super::dispatch::{DONE, LeafResult};
 use super::super::leaf::Leaf;
 use super::super::lock::Mode;
-use super::super::lp::HoldPoint;
+use super::super::lp::{Disorder, HoldPoint};
 use super::super::memory::PAGE_SIZE;
 use super::super::module::Module;
 use super::super::operand::Operand;
@@ -79,6 +79,7 @@ impl Module {
         if index >= td.max_vcpus {
             return Err(Code::MaxVcpusExceeded.into());
         }
+        self.check_order(call, Disorder::TscAdjustChanged)?;
         let x2apic_id = (call.version > 0).then_some(call.input.r8 as u32);
         if x2apic_id.is_some() && call.input.r8 >> 32 != 0 {
             return Err(invalid(Operand::R8).into());

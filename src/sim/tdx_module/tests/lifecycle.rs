@@ -1,12 +1,13 @@
 //! From bring-up to teardown, and the wrong orders.
 
 use super::super::fixture::{Fixture, TdSpec};
+use super::super::guest::GuestOutcome;
 use super::super::leaf::{SEAMCALL_LEAVES, Standing};
 use super::super::memory::SparseMemory;
 use super::super::pamt::PageType;
 use super::super::platform::Platform;
 use super::super::regs::Regs;
-use super::super::{HkidState, Leaf, LpId, Module, OpState, Outcome, Switches};
+use super::super::{Disorder, HkidState, Leaf, LpId, Module, OpState, Outcome, Switches};
 use super::{check, expect, expect_on, mapped_page, status};
 
 #[test]
@@ -103,6 +104,66 @@ fn td_params_are_refused_by_the_field_at_fault() {
         f.module.host_write(params + offset, word);
         expect(&mut f, Leaf::MngInit, &[("rcx", tdr), ("rdx", params)], text);
     }
+}
+
+#[test]
+fn a_processor_out_of_order_may_not_enter() {
+    let mut f = Fixture::s2();
+    let at = [("rcx", f.vcpu)];
+    let order = |f: &mut Fixture, disorders: &[Disorder]| f.module.set_disorders(LpId(0), disorders).unwrap();
+    order(&mut f, &[Disorder::MonitorOff, Disorder::TscAdjustChanged, Disorder::CpuidMaxvalLimited]);
+    expect(&mut f, Leaf::VpEnter, &at, "TDX_LIMIT_CPUID_MAXVAL_SET");
+    order(&mut f, &[Disorder::MonitorOff, Disorder::TscAdjustChanged]);
+    expect(&mut f, Leaf::VpEnter, &at, "TDX_INCONSISTENT_MSR|0x3B");
+    order(&mut f, &[Disorder::MonitorOff]);
+    expect(&mut f, Leaf::VpEnter, &at, "TDX_INCORRECT_MSR_VALUE|0x1A0");
+    order(&mut f, &[]);
+    f.module.set_clock_ns(500);
+    assert_eq!(f.call(Leaf::VpEnter, &at).0, Outcome::Entered);
+    f.module.kick(LpId(0)).unwrap();
+    f.module.set_clock_ns(499);
+    expect(&mut f, Leaf::VpEnter, &at, "TDX_TSC_ROLLBACK");
+}
+
+#[test]
+fn a_tdvmcall_shares_the_registers_of_its_mask_and_no_others() {
+    let mut f = Fixture::s2();
+    let vcpu = f.vcpu;
+    super::enter(&mut f, LpId(1));
+    let mask = 1 << 10 | 1 << 12 | 1 << 17;
+    let mut guest = Regs { rcx: mask, r10: 5, r11: 6, r12: 7, ..Regs::default() };
+    (guest.xmm[1], guest.xmm[2]) = (8, 9);
+    let GuestOutcome::Exit(exit) = f.module.tdcall(LpId(1), &mut guest).unwrap() else { panic!("no exit") };
+    assert_eq!((exit.reason(), exit.regs.rcx, exit.regs.r10, exit.regs.r11, exit.regs.r12), (77, mask, 5, 0, 7));
+    assert_eq!((exit.regs.xmm[1], exit.regs.xmm[2]), (8, 0));
+    let mut host = Regs { rcx: vcpu, r10: 50, r11: 60, ..Regs::default() };
+    host.xmm[1] = 80;
+    assert_eq!(f.module.seamcall(LpId(1), &mut host).unwrap(), Outcome::Entered);
+    let gpr = f.module.vcpu(vcpu).unwrap().gpr;
+    assert_eq!((gpr.rax, gpr.rcx, gpr.r10, gpr.r11, gpr.r12), (0, mask, 50, 6, 0));
+    assert_eq!((gpr.xmm[1], gpr.xmm[2]), (80, 9));
+    for refused in [1 << 32, 1, 2, 1 << 4] {
+        let outcome = f.module.tdcall(LpId(1), &mut Regs { rcx: refused, ..Regs::default() }).unwrap();
+        assert_eq!(outcome, GuestOutcome::Tdcall(status("TDX_OPERAND_INVALID|RCX")));
+    }
+}
+
+#[test]
+fn a_new_vcpu_starts_as_the_specification_says() {
+    let mut f = Fixture::s1();
+    let (tdr, tdvpr) = (f.tdr, f.page());
+    f.must(Leaf::VpCreate, &[("rcx", tdvpr), ("rdx", tdr)]);
+    expect(&mut f, Leaf::VpInit, &[("rcx", tdvpr)], "TDX_TDCX_NUM_INCORRECT");
+    for _ in 0..5 {
+        let page = f.page();
+        f.must(Leaf::VpAddcx, &[("rcx", page), ("rdx", tdvpr)]);
+    }
+    expect(&mut f, Leaf::VpInit, &[("rcx", tdvpr), ("rdx", 0x1234)], "TDX_SUCCESS");
+    let vcpu = f.module.vcpu(tdvpr).unwrap();
+    assert_eq!((vcpu.rip, vcpu.gpr.rbx, vcpu.gpr.rcx, vcpu.gpr.r8, vcpu.gpr.rsi), (0xFFFF_FFF0, 48, 0x1234, 0x1234, 0));
+    assert_eq!((vcpu.arch.cr0, vcpu.arch.cr4, vcpu.arch.efer, vcpu.arch.cs.access), (0x21, 0x2040, 0x901, 0xC09B));
+    expect(&mut f, Leaf::VpInit, &[("rcx", tdvpr)], "TDX_VCPU_STATE_INCORRECT");
+    expect_on(&mut f, LpId(1), Leaf::VpFlush, &[("rcx", tdvpr)], "TDX_VCPU_NOT_ASSOCIATED");
 }
 
 #[test]
