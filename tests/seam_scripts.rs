@@ -208,6 +208,7 @@ fn wrong_registers_exits_and_values_are_differences() {
         ("rdmd sept1 -> type=REG", "type differs", "REG", "PT_EPT (8)"),
         ("look td -> chldcnt=0", "chldcnt differs", "expected  0", "actual    0xf"),
         ("look td -> mrtd=00", "mrtd differs", "expected  00", "38b060a7"),
+        ("exit V -> ok", "result differs", "ok", "the vCPU is not in the guest"),
         ("host read q -> 1", "result differs", "0x1", "actual    0x0"),
     ];
     for (statement, what, expected, actual) in cases {
@@ -251,7 +252,6 @@ fn a_malformed_script_names_file_line_and_mend() {
         ("call TDH.MEM.TRACK rcx=tdr lp=lp99", "there is no logical processor lp99", "lps="),
         ("hold TDH.MEM.TRACK rcx=tdr at=nowhere", "`nowhere` is no point", "commit"),
         ("release lp1", "lp1 has no leaf held", "hold"),
-        ("exit V", "the vCPU is not in the guest", "enter V"),
         ("switch warp on", "`warp` is no switch", "dpamt"),
         ("switch dpamt maybe", "`maybe` is neither on nor off", "switch dpamt on"),
         ("call TDH.MEM.TRACK rcx=tdr ; switch dpamt on", "`dpamt` cannot change any more", "setup S2 dpamt=on"),

@@ -107,9 +107,12 @@ impl Runner<'_> {
     fn call_lp(&mut self, call: &Call, regs: &Regs) -> Result<LpId, Stop> {
         let leaf = Leaf::from_number(regs.rax as u16);
         let bound = matches!(leaf, Some(Leaf::VpEnter | Leaf::VpFlush));
-        let module = &self.machine()?.module;
+        let machine = self.machine()?;
+        let module = &machine.module;
+        let spread = machine.next_vcpu_lp();
         match call.lp {
             Some(lp) => Ok(id(lp)),
+            None if leaf == Some(Leaf::VpInit) && idle(module, spread) => Ok(spread),
             None => default_lp(module, bound.then_some(regs.rcx & 0x000F_FFFF_FFFF_F000)),
         }
     }
@@ -179,7 +182,7 @@ impl Runner<'_> {
         let tdvpr = self.value(vcpu)?;
         let module = &mut self.machine()?.module;
         let Some(lp) = module.runs_on(tdvpr) else {
-            return Err(Complaint::new("the vCPU is not in the guest", "write `enter V` first").into());
+            return Ok(Outcome::new(Kind::Outside));
         };
         let exit = match cause {
             ExitCause::Interrupt => module.kick(lp)?,

@@ -7,7 +7,7 @@ use super::super::names::{TDCS_PAGES, VCPU_TDCX_PAGES};
 use super::outcome::status_text;
 use crate::sim::tdx_module::memory::{PAGE_SIZE, SparseMemory};
 use crate::sim::tdx_module::td::ATTR_SEPT_VE_DISABLE;
-use crate::sim::tdx_module::{Leaf, LpId, Module, Outcome, Platform, Regs, Switches};
+use crate::sim::tdx_module::{Leaf, LpId, Module, Outcome, Platform, Regs, Switches, VcpuState};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -300,7 +300,8 @@ impl Machine {
         }
         let vcpus = if prefix.is_empty() { self.plan.vcpus.clone() } else { vec!["V".to_string()] };
         for (index, name) in vcpus.iter().enumerate() {
-            let tdvpr = self.build_vcpu(&format!("{prefix}{name}"), tdr, LpId(index as u32 % self.plan.lps))?;
+            let lp = self.next_vcpu_lp();
+            let tdvpr = self.build_vcpu(&format!("{prefix}{name}"), tdr, lp)?;
             if index == 0 {
                 self.names.insert(format!("{prefix}tdvpr"), tdvpr);
             }
@@ -309,6 +310,12 @@ impl Machine {
             self.call(LpId(0), Leaf::MrFinalize, Regs { rcx: tdr, ..Regs::default() })?;
         }
         Ok(())
+    }
+
+    /// Where the next vCPU is initialised: one processor after the other, so that all can run at the same time.
+    pub fn next_vcpu_lp(&self) -> LpId {
+        let initialised = self.module.vcpus().filter(|vcpu| vcpu.state != VcpuState::Uninitialized).count();
+        LpId(initialised as u32 % self.plan.lps)
     }
 
     /// A READY vCPU, initialised on `lp` and therefore associated with it.

@@ -395,8 +395,8 @@ impl Runner<'_> {
             *machine = machine.rebuilt(plan)?;
             return Ok(());
         }
-        let index = machine.module.vcpus().count() as u32 % machine.plan.lps;
-        machine.build_vcpu(name, tdr, LpId(index))?;
+        let lp = machine.next_vcpu_lp();
+        machine.build_vcpu(name, tdr, lp)?;
         self.untouched = false;
         Ok(())
     }

@@ -26,6 +26,8 @@ pub(super) enum Kind {
     Left(u64),
     /// The vCPU runs.
     Running,
+    /// The vCPU was asked to leave a guest it was not in.
+    Outside,
     /// The leaf is held half-way.
     Held,
     /// A value was read.
@@ -86,6 +88,7 @@ impl Outcome {
             Kind::Status(status) => status_text(*status),
             Kind::Exit(rax) | Kind::Left(rax) => format!("TD exit, {}", status_text(*rax)),
             Kind::Running => "the vCPU runs".to_string(),
+            Kind::Outside => "nothing: the vCPU is not in the guest".to_string(),
             Kind::Held => "held half-way".to_string(),
             Kind::Value(value) => format!("{value:#x}"),
             Kind::Exception(exception) => exception.name().to_string(),
@@ -180,7 +183,7 @@ fn matches(outcome: &Outcome, head: &Head, names: &Names) -> Result<bool, Compla
         Head::Ok => match outcome.kind {
             Kind::Status(status) => status == 0,
             Kind::Left(rax) => rax >> 32 == 0,
-            Kind::Exit(_) | Kind::Exception(_) => false,
+            Kind::Exit(_) | Kind::Exception(_) | Kind::Outside => false,
             Kind::Done | Kind::Running | Kind::Held | Kind::Value(_) | Kind::State(..) => true,
         },
         Head::Held => matches!(outcome.kind, Kind::Held),
@@ -229,7 +232,7 @@ fn matches_value(outcome: &Outcome, value: &Value, names: &Names) -> Result<bool
         Kind::Left(rax) => Ok(has_status(rax)? || rax >> 32 == 0 && is(0)?),
         Kind::Value(actual) => is(actual),
         Kind::Done | Kind::Running | Kind::Held => is(0),
-        Kind::Exception(_) => Ok(false),
+        Kind::Exception(_) | Kind::Outside => Ok(false),
         Kind::State(name, actual) => {
             Ok(same_word(name, &value.text) || matches!(number(), Some(Ok(number)) if number == actual || number == 0))
         }
