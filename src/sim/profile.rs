@@ -7,7 +7,8 @@ use crate::uapi::kvm::{
     GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE,
 };
 
-/// GUEST_MEMFD_FLAG_HUGETLB as posted with the 1G guest_memfd series; only the `huge` profile knows it.
+/// GUEST_MEMFD_FLAG_HUGETLB as posted with the 1G guest_memfd series; only the `huge` profile knows it, and it needs a page
+/// size beside it, so that it is not one of the flags of KVM_CAP_GUEST_MEMFD_FLAGS.
 pub const GMEM_FLAG_HUGETLB: u64 = 1 << 2;
 /// Where the page size of a huge guest_memfd is encoded in the creation flags, as with MAP_HUGE_SHIFT.
 pub const GMEM_HUGE_SHIFT: u32 = 26;
@@ -69,8 +70,9 @@ impl Kernel {
         match self {
             Kernel::V6_12 | Kernel::V6_16 => 0,
             Kernel::V6_18 | Kernel::V7_3 if private => GUEST_MEMFD_FLAG_MMAP,
-            Kernel::V6_18 | Kernel::V7_3 | Kernel::InPlace => GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
-            Kernel::Huge => GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED | GMEM_FLAG_HUGETLB,
+            Kernel::V6_18 | Kernel::V7_3 | Kernel::InPlace | Kernel::Huge => {
+                GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
+            }
         }
     }
 

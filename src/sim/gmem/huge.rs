@@ -32,7 +32,7 @@ pub fn folio_order(kernel: Kernel, flags: u64, size: u64) -> Result<(Order, u64)
     if !size.is_multiple_of(order.pages() * PAGE_SIZE) {
         return Err(Errno::EINVAL);
     }
-    Ok((order, flags & !(HUGE_MASK << GMEM_HUGE_SHIFT)))
+    Ok((order, flags & !(GMEM_FLAG_HUGETLB | HUGE_MASK << GMEM_HUGE_SHIFT)))
 }
 
 impl World {

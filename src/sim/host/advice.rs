@@ -131,7 +131,7 @@ impl World {
                 _ => Errno::EFAULT,
             })?;
             if advice == MADV_SOFT_OFFLINE {
-                return Err(Errno::EOPNOTSUPP);
+                return Err(Errno::EBUSY);
             }
             self.memory_failure(pa / PAGE_SIZE)?;
         }

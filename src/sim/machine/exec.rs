@@ -86,7 +86,8 @@ impl Operation {
             GuestOp::ReadWhile { gpa, expect } => self.read_while(&mut guest, gpa, expect, control),
             GuestOp::WriteUntilStopped { gpa } => self.write_until_stopped(&mut guest, gpa, control),
             GuestOp::Accept { gpa, len, level } => self.accept(&mut guest, gpa, len, level),
-            GuestOp::MapGpa { gpa, pages, .. } if guest.is_td() => {
+            GuestOp::MapGpa { gpa, pages, attributes } if guest.is_td() => {
+                let gpa = super::tdvmcall::operand(gpa, attributes);
                 super::tdvmcall::map_gpa(&mut self.done, &mut self.wait, &mut self.answer, &mut guest, gpa, pages)
             }
             GuestOp::MapGpa { gpa, pages, attributes } => self.map_gpa(&mut guest, gpa, pages, attributes),

@@ -21,6 +21,11 @@ const ENCRYPTED: u64 = 1 << 4;
 /// Pages of one exit.
 const CHUNK: u64 = (2 << 20) / PAGE_SIZE;
 
+/// The address that the payload calls with: without the attribute for private memory it sets the SHARED bit.
+pub(super) fn operand(gpa: u64, attributes: u64) -> u64 {
+    if attributes & ENCRYPTED == 0 { gpa | SHARED_BIT } else { gpa }
+}
+
 /// MapGPA of `pages` pages from `gpa` on, of which `done` are; the SHARED bit of the address says which way.
 pub(super) fn map_gpa(
     done: &mut u64,

@@ -135,7 +135,7 @@ fn a_conversion_round_trip_reaches_both_sides() {
     td.ready();
     td.vm.enable_capability(201, [0x1000, 0, 0, 0]).unwrap();
     td.vcpu.execute(GuestOp::Write { gpa: GPA, size: 8, value: 0x41 });
-    let exit = td.vcpu.execute(GuestOp::MapGpa { gpa: GPA | SHARED_BIT, pages: 1, attributes: 0 });
+    let exit = td.vcpu.execute(GuestOp::MapGpa { gpa: GPA, pages: 1, attributes: 0 });
     assert_eq!(exit, Exit::Hypercall { nr: 12, args: [GPA, 1, 0, 0, 0, 0], flags: 1 });
     td.attributes(0, 1, 0).unwrap();
     assert_eq!(td.vcpu.resume(Reply::Hypercall(0)), Exit::Done(0));
@@ -154,7 +154,7 @@ fn a_conversion_round_trip_reaches_both_sides() {
 fn a_hypercall_for_more_than_2_mib_comes_in_chunks() {
     let mut td = td("sim:tdx");
     td.vm.enable_capability(201, [0x1000, 0, 0, 0]).unwrap();
-    let exit = td.vcpu.execute(GuestOp::MapGpa { gpa: GPA, pages: 600, attributes: 0 });
+    let exit = td.vcpu.execute(GuestOp::MapGpa { gpa: GPA, pages: 600, attributes: 16 });
     assert_eq!(exit, Exit::Hypercall { nr: 12, args: [GPA, 512, 16, 0, 0, 0], flags: 1 });
     let exit = td.vcpu.resume(Reply::Hypercall(0));
     assert_eq!(exit, Exit::Hypercall { nr: 12, args: [GPA + (2 << 20), 88, 16, 0, 0, 0], flags: 1 });
