@@ -2,6 +2,7 @@
 //!
 //! A selftest binary is `run` without the word: same flags, same exit codes, and `--list`.
 
+mod bisect;
 mod compare;
 mod failure;
 mod generate;
@@ -48,6 +49,8 @@ enum Command {
     Seam(seam::SeamArguments),
     /// Run tests on several kernels and show the outcomes as a table.
     Matrix(matrix::MatrixArguments),
+    /// Find the first bad kernel, or the first bad commit of a kernel tree.
+    Bisect(Box<bisect::BisectArguments>),
     /// Compare two results: what newly fails, what is fixed, what changed. Exits with 1 when anything newly fails.
     Compare(compare::CompareArguments),
     /// Print a completion script for a shell.
@@ -82,6 +85,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::List(options) => list::list(&options, suites, machines),
             Command::Probe(options) => probe::probe(&options, machines),
             Command::Matrix(options) => matrix::matrix(&options, suites, machines),
+            Command::Bisect(options) => bisect::bisect(&options, suites, machines),
             Command::Compare(options) => compare::compare(&options),
             Command::Vm(options) => vm::vm(&options, suites, machines),
             Command::Seam(options) => seam::seam(&options),

@@ -303,6 +303,11 @@ pub(super) struct GuestRun {
 }
 
 impl GuestRun {
+    /// The words without the seed, which is another one every time.
+    pub(super) fn unseeded_words(&self) -> Vec<String> {
+        self.words(None).into_iter().filter(|word| !word.starts_with("--seed=")).collect()
+    }
+
     /// The words of the whole run, or of what is left of it: claims by their full names, on these machines.
     pub(super) fn words(&self, rest: Option<Rest>) -> Vec<String> {
         let (machines, claims, exclude) = match rest {

@@ -146,7 +146,7 @@ fn errand(words: &[String], suites: &[&'static Suite], machines: &Machines) -> R
             Plan::new(suites, machines.named(&tests.machine)?, &wanted, &excluded)?;
             Ok(Errand::Tests(Box::new(tests)))
         }
-        Command::Vm(_) | Command::Matrix(_) | Command::Compare(_) => {
+        Command::Vm(_) | Command::Matrix(_) | Command::Bisect(_) | Command::Compare(_) => {
             Err(format!("{}: runs on the host; give run, list, probe or another command", words[0]).into())
         }
         _ => Ok(Errand::Other),

@@ -15,6 +15,7 @@
 //! with the reason and the console's end, and without a process left behind.
 
 mod accel;
+pub mod bisect;
 mod boot;
 mod boot_image;
 mod console;
@@ -30,8 +31,8 @@ mod replay;
 mod session;
 mod stop;
 mod stream;
-mod task;
-mod wire;
+pub mod task;
+pub mod wire;
 
 pub use accel::{Accel, AccelChoice, choose as choose_accel};
 pub use boot::{Boot, Clock, Limits, Listener, boot};

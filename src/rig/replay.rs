@@ -221,21 +221,33 @@ impl<'a> Replay<'a> {
             let cut = std::mem::take(&mut self.line);
             self.strays.push(String::from_utf8_lossy(&cut).into_owned());
         }
-        let Some(run) = &mut self.run else { return };
-        if matches!(boot.ending, Ending::Command(_)) && run.finished {
+        if matches!(boot.ending, Ending::Command(_)) && self.is_finished() {
             return;
         }
         if let Ending::Interrupted(signal) = boot.ending {
             // What ran has no outcome: it was neither the kernel nor the rig that ended it.
-            run.stopped = Some(Stopped::Signal(signal));
+            if let Some(run) = &mut self.run {
+                run.stopped = Some(Stopped::Signal(signal));
+            }
             return;
         }
-        let (round, seed) = run.round.unwrap_or((0, run.info.seed));
         let outcome = match boot.ending {
             Ending::TimedOut(_) => Outcome::Timeout,
             ref ending if ending.is_the_kernels() => Outcome::Crash,
             _ => Outcome::Error,
         };
+        self.lost(&boot.ending.to_string(), outcome, &boot.console.tail(TAIL));
+    }
+
+    /// Whether the run came to its end, in the boot that is under way.
+    pub fn is_finished(&self) -> bool {
+        self.run.as_ref().is_some_and(|run| run.finished)
+    }
+
+    /// The machine was lost: what was running has this outcome, for this reason, with the end of the console.
+    pub fn lost(&mut self, why: &str, outcome: Outcome, console: &[String]) {
+        let Some(run) = &mut self.run else { return };
+        let (round, seed) = run.round.unwrap_or((0, run.info.seed));
         let lost: Vec<Record> = run
             .running
             .iter()
@@ -243,15 +255,15 @@ impl<'a> Replay<'a> {
                 let mut record =
                     Record::new(&started.claim.name, &started.machine.to_string(), round, seed.to_string());
                 record.outcome = outcome;
-                record.message = Some(boot.ending.to_string());
+                record.message = Some(why.to_owned());
                 record.duration_us = started.at.elapsed().as_micros() as u64;
-                record.kernel_log = boot.console.tail(TAIL);
+                record.kernel_log = console.to_vec();
                 record
             })
             .collect();
         lost.iter().for_each(|record| self.claim_finished(record));
         if let Some(run) = &mut self.run {
-            run.stopped = Some(Stopped::MachineLost(boot.ending.to_string()));
+            run.stopped = Some(Stopped::MachineLost(why.to_owned()));
         }
     }
 

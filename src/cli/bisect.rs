@@ -1,0 +1,348 @@
+//! `gmemtest bisect`: which kernel, or which commit, is the first bad one.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::failure::Failure;
+use super::machines::Machines;
+use super::run::GuestRun;
+use super::values;
+use super::vm::{BootArguments, tests_for_guest};
+use crate::harness::Suite;
+use crate::harness::exit::{FAILED, GOOD};
+use crate::rig::bisect::{
+    self, BuildOptions, Deploy, Found, Header, HostRunner, Judged, Log, Rates, RigRunner, Runner, Tree, TreeFound,
+    Verdict,
+};
+use crate::rig::{BootImage, StopSignal};
+
+/// The flags of `bisect`.
+#[derive(Debug, Args)]
+pub(super) struct BisectArguments {
+    /// A kernel image; at least two, from good to bad.
+    #[arg(long, value_name = "BZIMAGE", conflicts_with_all = ["tree", "good", "bad"], required_unless_present = "tree")]
+    kernel: Vec<PathBuf>,
+    /// A kernel's git repository, instead of images. It is not written to, but for a worktree that goes away again.
+    #[arg(long, value_name = "DIR", requires_all = ["good", "bad"])]
+    tree: Option<PathBuf>,
+    /// A revision that is good.
+    #[arg(long, value_name = "REV", requires = "tree")]
+    good: Option<String>,
+    /// A revision that is bad.
+    #[arg(long, value_name = "REV", requires = "tree")]
+    bad: Option<String>,
+    /// Configuration to build with (default: tinyconfig).
+    #[arg(long, value_name = "FILE", requires = "tree")]
+    config: Option<PathBuf>,
+    /// Config fragments to merge: base, coco, debug, fault, or files (default: base, coco).
+    #[arg(long, value_name = "NAME", requires = "tree")]
+    fragment: Vec<String>,
+    /// Directory for the worktree and the build.
+    #[arg(long, value_name = "DIR", default_value = "gmemtest-bisect")]
+    out: PathBuf,
+    /// make -j (default: the number of cores).
+    #[arg(long, value_name = "N", requires = "tree")]
+    make_jobs: Option<usize>,
+    /// How often a run of a bad kernel fails: 1 for a failure that shows every time.
+    #[arg(long, value_name = "RATE", default_value_t = 1.0)]
+    failure_rate: f64,
+    /// How often a run of a good kernel fails all the same.
+    #[arg(long, value_name = "RATE", default_value_t = 0.0)]
+    noise_rate: f64,
+    /// How often a good kernel may be called bad.
+    #[arg(long, value_name = "RATE", default_value_t = 0.01)]
+    false_bad: f64,
+    /// How often a bad kernel may be called good.
+    #[arg(long, value_name = "RATE", default_value_t = 0.01)]
+    false_good: f64,
+    /// Most runs on one kernel; without a verdict by then it cannot be judged.
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    max_runs: u32,
+    /// The log of verdicts; an interrupted bisection goes on from it.
+    #[arg(long, value_name = "FILE", default_value = "gmemtest-bisect.log")]
+    log: PathBuf,
+    /// Run the tests on this machine, over ssh, instead of in the rig.
+    #[arg(long, value_name = "HOST", requires = "deploy")]
+    host: Option<String>,
+    /// Shell command that makes the machine boot a kernel; GMEMTEST_KERNEL, GMEMTEST_RELEASE and GMEMTEST_HOST are set.
+    #[arg(long, value_name = "COMMAND", requires = "host")]
+    deploy: Option<String>,
+    /// How long the machine may take to come back.
+    #[arg(long, value_name = "SECS", default_value = "600", value_parser = values::duration)]
+    deploy_timeout: Duration,
+    #[command(flatten)]
+    boot: BootArguments,
+    /// Format of the end.
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// The `run` that fails on a bad kernel, with its flags.
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    #[default]
+    Pretty,
+    Json,
+}
+
+/// How it ended.
+#[derive(Debug, Serialize)]
+struct Ended {
+    schema: &'static str,
+    /// One line.
+    conclusion: String,
+    /// The first bad one, when it was found.
+    first_bad: Option<String>,
+    /// Those that it is among, when it was not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    among: Vec<String>,
+    /// The verdict on the last good one, and what it rests on.
+    last_good: Option<Judged>,
+    /// The same of the first bad one.
+    bad: Option<Judged>,
+}
+
+/// Bisects.
+pub(super) fn bisect(
+    arguments: &BisectArguments,
+    suites: &[&'static Suite],
+    machines: &Machines,
+) -> Result<ExitCode, Failure> {
+    let rates = arguments.rates()?;
+    let run = tests_for_guest("bisect", &arguments.command, suites, machines)?;
+    let words = |rest| run.words(rest);
+    let stop = StopSignal::block().map_err(|errno| format!("signals cannot be blocked: {errno}"))?;
+    let hardware;
+    let mut runner: Box<dyn Runner + '_> = match &arguments.host {
+        Some(host) => Box::new(HostRunner {
+            host: host.clone(),
+            deploy: Deploy {
+                command: arguments.deploy.clone().unwrap_or_default(),
+                patience: arguments.deploy_timeout,
+            },
+            suites,
+            words: &words,
+            stop: &stop,
+        }),
+        None => {
+            let (machine, line) = arguments.boot.hardware()?;
+            eprintln!("gmemtest: {line}");
+            hardware = machine;
+            Box::new(RigRunner {
+                hardware: &hardware,
+                timeout: arguments.boot.timeout,
+                suites,
+                words: &words,
+                stop: &stop,
+            })
+        }
+    };
+    let ended = match &arguments.tree {
+        Some(tree) => arguments.revisions(tree, rates, &run, runner.as_mut()),
+        None => arguments.images(rates, &run, runner.as_mut()),
+    };
+    if let Some(signal) = stop.seen() {
+        eprintln!("gmemtest: interrupted; the same command goes on from {}", arguments.log.display());
+        return Ok(ExitCode::from(128u8.saturating_add(u8::try_from(signal).unwrap_or(127))));
+    }
+    let ended = ended.map_err(|error| format!("{error:#}"))?;
+    let mut out = io::stdout().lock();
+    match arguments.format {
+        Format::Pretty => ended.show(&mut out)?,
+        Format::Json => {
+            serde_json::to_writer_pretty(&mut out, &ended).map_err(io::Error::from)?;
+            writeln!(out)?;
+        }
+    }
+    out.flush()?;
+    Ok(ExitCode::from(if ended.first_bad.is_some() { GOOD } else { FAILED }))
+}
+
+impl BisectArguments {
+    fn rates(&self) -> Result<Rates, Failure> {
+        let rates = Rates {
+            failing: self.failure_rate,
+            noise: self.noise_rate,
+            false_bad: self.false_bad,
+            false_good: self.false_good,
+        };
+        Ok(rates.check()?)
+    }
+
+    fn open_log(&self, subjects: Vec<String>, rates: Rates, run: &GuestRun) -> anyhow::Result<Log> {
+        let header = Header {
+            schema: "gmemtest-bisect/1".to_owned(),
+            subjects,
+            command: run.unseeded_words(),
+            rates: [rates.failing, rates.noise, rates.false_bad, rates.false_good],
+        };
+        Log::open(&self.log, &header)
+    }
+
+    fn images(&self, rates: Rates, run: &GuestRun, runner: &mut dyn Runner) -> anyhow::Result<Ended> {
+        if self.kernel.len() < 2 {
+            anyhow::bail!("--kernel: a bisection needs at least two images, from good to bad");
+        }
+        let images = self.kernel.iter().map(|path| BootImage::read(path)).collect::<Result<Vec<_>, _>>()?;
+        let names: Vec<String> = images.iter().map(|image| image.path().display().to_string()).collect();
+        let mut log = self.open_log(names.clone(), rates, run)?;
+        let found = bisect::first_bad(images.len(), |index| {
+            self.verdict(&names[index], images[index].release(), &mut log, || {
+                bisect::judge(&names[index], &images[index], runner, rates, self.max_runs)
+            })
+        })?;
+        let title = |index: usize| format!("{} ({})", images[index].release(), names[index]);
+        let judged = |index: usize| log.verdict(&names[index]).cloned();
+        let end = |conclusion: String| Ended {
+            schema: "gmemtest-bisection/1",
+            conclusion,
+            first_bad: None,
+            among: Vec::new(),
+            last_good: None,
+            bad: None,
+        };
+        Ok(match found {
+            Found::First { good, bad } => Ended {
+                first_bad: Some(names[bad].clone()),
+                last_good: judged(good),
+                bad: judged(bad),
+                ..end(format!("the first bad kernel is {}; the last good one is {}", title(bad), title(good)))
+            },
+            Found::Among { good, bad } => Ended {
+                among: names[good + 1..=bad].to_vec(),
+                last_good: judged(good),
+                bad: judged(bad),
+                ..end(format!(
+                    "the first bad kernel is {} or one before it after {}: those between cannot be judged",
+                    title(bad),
+                    title(good)
+                ))
+            },
+            Found::FirstIsNotGood(is) => Ended {
+                bad: judged(0),
+                ..end(format!("the first kernel, {}, ought to be good: {}", title(0), is.word()))
+            },
+            Found::LastIsNotBad(is) => {
+                let last = images.len() - 1;
+                Ended {
+                    bad: judged(last),
+                    ..end(format!("the last kernel, {}, ought to be bad: {}", title(last), is.word()))
+                }
+            }
+        })
+    }
+
+    fn revisions(
+        &self,
+        directory: &std::path::Path,
+        rates: Rates,
+        run: &GuestRun,
+        runner: &mut dyn Runner,
+    ) -> anyhow::Result<Ended> {
+        let fragments = match self.fragment.is_empty() {
+            true => vec!["base".to_owned(), "coco".to_owned()],
+            false => self.fragment.clone(),
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let options = BuildOptions { config: self.config.clone(), fragments, jobs: self.make_jobs.unwrap_or(cores) };
+        let tree = Tree::open(directory, &self.out, options)?;
+        let good = tree.commit("--good", self.good.as_deref().unwrap_or_default())?;
+        let bad = tree.commit("--bad", self.bad.as_deref().unwrap_or_default())?;
+        let mut log = self.open_log(vec![good.clone(), bad.clone()], rates, run)?;
+        let found = tree.bisect(&good, &bad, |tree, commit| {
+            self.verdict(commit, &tree.title(commit), &mut log, || match tree.build(commit)? {
+                Ok(image) => bisect::judge(commit, &image, runner, rates, self.max_runs),
+                Err(unbuilt) => Ok(unbuilt),
+            })
+        })?;
+        let end = |conclusion: String| Ended {
+            schema: "gmemtest-bisection/1",
+            conclusion,
+            first_bad: None,
+            among: Vec::new(),
+            last_good: None,
+            bad: None,
+        };
+        Ok(match found {
+            TreeFound::First(first) => Ended {
+                last_good: tree.last_good(&first, &log),
+                bad: log.verdict(&first).cloned(),
+                first_bad: Some(first.clone()),
+                ..end(format!("the first bad commit is {}", tree.title(&first)))
+            },
+            TreeFound::Among(among) => Ended {
+                conclusion: format!("the first bad commit is one of {}: the others cannot be judged", among.len()),
+                bad: among.iter().find_map(|commit| log.verdict(commit)).cloned(),
+                among,
+                ..end(String::new())
+            },
+            TreeFound::WrongEnd { revision, taken_for, is } => Ended {
+                bad: log.verdict(&revision).cloned(),
+                ..end(format!("{} ought to be {}: {}", tree.title(&revision), taken_for.word(), is.word()))
+            },
+        })
+    }
+
+    /// The verdict in the log, or a new one that is kept there; either is told.
+    fn verdict(
+        &self,
+        subject: &str,
+        title: &str,
+        log: &mut Log,
+        judge: impl FnOnce() -> anyhow::Result<Judged>,
+    ) -> anyhow::Result<Verdict> {
+        if let Some(known) = log.verdict(subject) {
+            eprintln!("gmemtest: {title}: {} (from {})", told(known), self.log.display());
+            return Ok(known.verdict);
+        }
+        let judged = judge()?;
+        eprintln!("gmemtest: {title}: {}", told(&judged));
+        log.keep(&judged)?;
+        Ok(judged.verdict)
+    }
+}
+
+/// A verdict in one line.
+fn told(judged: &Judged) -> String {
+    let runs = judged.failed + judged.passed + judged.untold;
+    let untold = if judged.untold > 0 { format!(", {} without a verdict", judged.untold) } else { String::new() };
+    format!(
+        "{} after {runs} run(s), {} failed{untold}: {}",
+        judged.verdict.word(),
+        judged.failed,
+        judged.evidence.headline()
+    )
+}
+
+impl Ended {
+    fn show(&self, out: &mut impl Write) -> io::Result<()> {
+        writeln!(out, "{}", self.conclusion)?;
+        for commit in &self.among {
+            writeln!(out, "  {commit}")?;
+        }
+        for (title, judged) in [("last good", &self.last_good), ("bad", &self.bad)] {
+            let Some(judged) = judged else { continue };
+            writeln!(out, "\n{title}: {}\n  {}", judged.subject, told(judged))?;
+            for record in &judged.evidence.failures {
+                writeln!(out, "  {}  {}  [{}]", record.outcome, record.name, record.machine)?;
+                for line in record.message.iter().flat_map(|message| message.lines()) {
+                    writeln!(out, "      {line}")?;
+                }
+                for line in &record.kernel_log {
+                    writeln!(out, "      kernel: {line}")?;
+                }
+            }
+            for line in &judged.evidence.tail {
+                writeln!(out, "  | {line}")?;
+            }
+        }
+        Ok(())
+    }
+}
