@@ -191,7 +191,7 @@ impl Module {
     pub(crate) fn shared_hpa(&self, pa: u64, align: u64, op: Operand) -> Result<(), Stop> {
         let in_seamrr = pa.wrapping_sub(self.platform.seamrr.0) < self.platform.seamrr.1;
         let private = self.platform.hkid_of(pa) >= self.platform.first_private_hkid;
-        if !pa.is_multiple_of(align) || pa >= MAX_PA || in_seamrr || private {
+        if !pa.is_multiple_of(align) || pa >> self.platform.address_bits != 0 || in_seamrr || private {
             return Err(invalid(op).into());
         }
         Ok(())

@@ -12,7 +12,9 @@ pub struct Platform {
     pub lp_packages: Vec<u8>,
     /// Convertible memory ranges: address and bytes.
     pub cmrs: Vec<(u64, u64)>,
-    /// Top physical address bits that carry the key id.
+    /// Width of a physical address, key id included; at most 52.
+    pub address_bits: u8,
+    /// How many of its top bits carry the key id.
     pub keyid_bits: u8,
     /// Key ids below are the host's, from here on private.
     pub first_private_hkid: u16,
@@ -35,6 +37,7 @@ impl Platform {
         Platform {
             lp_packages,
             cmrs: vec![(1 << 20, memory - (1 << 20))],
+            address_bits: 52,
             keyid_bits: 6,
             first_private_hkid: 32,
             seamrr: (0, 0),
@@ -59,12 +62,12 @@ impl Platform {
 
     /// The bits of a physical address that are not key id.
     pub fn address_mask(&self) -> u64 {
-        (MAX_PA >> self.keyid_bits) - 1
+        (1 << (self.address_bits - self.keyid_bits)) - 1
     }
 
     /// The key id in the upper bits of a physical address.
     pub fn hkid_of(&self, pa: u64) -> u16 {
-        ((pa & (MAX_PA - 1)) >> (52 - self.keyid_bits)) as u16
+        ((pa & ((1 << self.address_bits) - 1)) >> (self.address_bits - self.keyid_bits)) as u16
     }
 
     /// Number of key ids.
@@ -79,6 +82,35 @@ impl Platform {
 
     /// Whether the whole range is convertible memory.
     pub fn in_cmrs(&self, pa: u64, len: u64) -> bool {
-        self.cmrs.iter().any(|(base, size)| pa >= *base && pa + len <= base + size)
+        let end = pa + len;
+        let mut at = pa;
+        while at < end {
+            let Some((base, size)) = self.cmrs.iter().find(|(base, size)| at.wrapping_sub(*base) < *size) else {
+                return false;
+            };
+            at = base + size;
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_id_is_the_top_of_the_address_whatever_its_width() {
+        let mut platform = Platform::new(1, 8 << 30);
+        assert_eq!((platform.address_mask(), platform.hkid_of(33 << 46 | 0x1000)), ((1 << 46) - 1, 33));
+        platform.address_bits = 40;
+        assert_eq!((platform.address_mask(), platform.hkid_of(33 << 34 | 0x1000)), ((1 << 34) - 1, 33));
+    }
+
+    #[test]
+    fn a_range_may_lie_across_ranges_that_touch() {
+        let mut platform = Platform::new(1, 8 << 30);
+        platform.cmrs = vec![(0x1000, 0x1000), (0x2000, 0x3000), (0x8000, 0x1000)];
+        assert!(platform.in_cmrs(0x1000, 0x4000) && platform.in_cmrs(0x8000, 0x1000));
+        assert!(!platform.in_cmrs(0x4000, 0x2000) && !platform.in_cmrs(0, 0x2000));
     }
 }

@@ -68,14 +68,12 @@ impl Module {
         DONE
     }
 
-    /// Format, then TDMR membership, of both pages of a pair.
+    /// Format, then TDMR membership, of one page of a pair after the other.
     fn check_pair_format(&self, pair: &[(Operand, u64); 2]) -> Result<(), Stop> {
         for (operand, page) in pair {
             if !page.is_multiple_of(PAGE_SIZE) || page & !self.platform.address_mask() != 0 {
                 return Err(invalid(*operand).into());
             }
-        }
-        for (operand, page) in pair {
             if !self.pamt.covers(*page) {
                 return Err(Status::on(Code::OperandAddrRangeError, *operand).into());
             }

@@ -8,7 +8,6 @@ use super::super::memory::PAGE_SIZE;
 use super::super::module::Module;
 use super::super::operand::Operand;
 use super::super::pamt::PageType;
-use super::super::platform::MAX_PA;
 use super::super::sept::span;
 use super::super::state::{HkidState, Lifecycle};
 use super::super::status::{Code, Status, busy, invalid};
@@ -99,7 +98,7 @@ impl Module {
 
     pub(super) fn phymem_page_wbinvd(&mut self, call: &mut Call) -> LeafResult {
         let rcx = call.input.rcx;
-        if rcx >= MAX_PA {
+        if rcx >> self.platform.address_bits != 0 {
             return Err(invalid(Operand::RCX).into());
         }
         let (pa, hkid) = (rcx & self.platform.address_mask(), self.platform.hkid_of(rcx));
