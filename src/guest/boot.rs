@@ -1,6 +1,6 @@
 //! The state in which a vCPU starts the payload: that of a TD's vCPU after TDH.VP.INIT, on every VM type.
 
-use super::layout::RESET_ADDRESS;
+use super::layout::{self, RESET_ADDRESS};
 
 /// What the host tells the payload, in RCX and R8. A TD gets it as the argument of KVM_TDX_INIT_VCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +97,59 @@ impl InitialState {
             tr: Segment::system(0x8b),
             gdt_limit: 0xffff,
             idt_limit: 0,
+        }
+    }
+}
+
+/// The state and the memory with which a vCPU starts at the payload's 64-bit entry, as if it had come there by itself.
+///
+/// Only for hosts where a guest without paging cannot be trusted: QEMU's TCG (7.2 seen) leaves nested paging out while a
+/// guest's CR0.PG is clear, so that such a guest runs in its host's physical memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LongModeState {
+    /// RIP.
+    pub rip: u64,
+    /// RBP: the vCPU's area.
+    pub rbp: u64,
+    /// CR0.
+    pub cr0: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// IA32_EFER.
+    pub efer: u64,
+    /// CS.
+    pub cs: Segment,
+    /// Base of the GDT.
+    pub gdt_base: u64,
+    /// Guest-physical addresses and what the protected-mode code would have stored there.
+    pub stores: [(u64, u64); 6],
+}
+
+impl LongModeState {
+    /// What [`InitialState`] becomes by the payload's own doing.
+    pub const fn after(initial: &InitialState) -> LongModeState {
+        let area = layout::area(initial.rsi as u32);
+        // Present, writable, user; for the 2 MiB page accessed, dirty and PS too.
+        let (table, page) = (0x7, layout::BASE & !(layout::HUGE - 1) | 0xe7);
+        LongModeState {
+            rip: layout::CODE + layout::LONG_MODE_ENTRY,
+            rbp: area,
+            cr0: initial.cr0 | 1 << 31,
+            cr3: area + layout::PML4,
+            cr4: initial.cr4 | 1 << 5,
+            efer: initial.efer | 1 << 10,
+            cs: Segment { selector: 8, base: 0, limit: 0xffff_ffff, access_rights: 0xa09b },
+            gdt_base: layout::CODE,
+            stores: [
+                (area + layout::PML4, area + layout::PDPT | table),
+                (area + layout::PDPT + 3 * 8, area + layout::DIRECTORY | table),
+                (area + layout::DIRECTORY + layout::ALIAS_ENTRY, page),
+                (area + layout::DIRECTORY + 511 * 8, page),
+                (area + layout::PARAMETER, initial.rcx),
+                (area + layout::SHARED_BIT, 0),
+            ],
         }
     }
 }

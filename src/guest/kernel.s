@@ -12,7 +12,7 @@ gmemtest_payload:
     .set tss, tss + {area_size}
     .endr
     .org gmemtest_payload + {gdtr}
-    .short 0x30 + {vcpus} * 16 - 1
+    .short {gdt_limit}
     .quad {code}
     .org gmemtest_payload + {idtr}
     .short 32 * 16 - 1

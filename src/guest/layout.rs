@@ -41,6 +41,8 @@ pub const WINDOW_GPA: u64 = PRIVATE + 0x110;
 pub const CODE: u64 = 0xffff_c000;
 /// Bytes of tables and code.
 pub const CODE_SIZE: u64 = BASE + SIZE - CODE;
+/// Limit of the GDT, which is at [`CODE`]: six descriptors, and a TSS for each vCPU.
+pub const GDT_LIMIT: u16 = (6 * 8 + MAX_VCPUS * 16 - 1) as u16;
 /// Offset of the IDT from [`CODE`].
 pub const IDT: u64 = 0x200;
 /// Offset of the GDTR's value from [`CODE`].
@@ -64,6 +66,8 @@ pub const WINDOW: u64 = 0xc000_0000;
 /// Virtual address at which the 2 MiB that hold the payload are mapped once more, in a TD with the shared bit: through it
 /// the payload reaches its mailbox.
 pub const ALIAS: u64 = 0xc040_0000;
+/// Offset in the page directory of the entry for [`ALIAS`].
+pub const ALIAS_ENTRY: u64 = (ALIAS >> 21 & 511) * 8;
 /// What to subtract from an address in the payload's memory to get to its alias.
 pub const TO_ALIAS: u64 = (BASE & !(HUGE - 1)) - ALIAS;
 

@@ -1,7 +1,8 @@
 //! The payload in a KVM VM: its memory, its slot, and the start of its vCPUs.
 
 use super::ioctl;
-use crate::guest::{BootParameter, InitialState, Mailbox, boot::Segment, image, layout};
+use crate::guest::boot::{LongModeState, Segment};
+use crate::guest::{BootParameter, InitialState, Mailbox, image, layout};
 use crate::machine::Errno;
 use crate::uapi::bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
@@ -9,6 +10,8 @@ use crate::uapi::bindings::{
 };
 use crate::uapi::kvm::KVM_SET_USER_MEMORY_REGION;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::arch::x86_64::__cpuid;
+use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// `IA32_FMASK`.
@@ -70,11 +73,16 @@ impl Payload {
         let set = || {
             let mut sregs = vcpu.get_sregs()?;
             fill_sregs(&mut sregs, &state);
+            let long_mode = nested_paging_needs_paging().then(|| LongModeState::after(&state));
+            if let Some(long_mode) = &long_mode {
+                self.enter_long_mode(&mut sregs, long_mode)?;
+            }
             vcpu.set_sregs(&sregs)?;
             let fmask = kvm_msr_entry { index: MSR_FMASK, data: state.fmask, ..Default::default() };
             vcpu.set_msrs(&Msrs::from_entries(&[fmask]).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?)?;
             vcpu.set_regs(&kvm_regs {
-                rip: state.rip,
+                rip: long_mode.map_or(state.rip, |long_mode| long_mode.rip),
+                rbp: long_mode.map_or(0, |long_mode| long_mode.rbp),
                 rflags: state.rflags,
                 rbx: state.rbx,
                 rcx: state.rcx,
@@ -86,11 +94,36 @@ impl Payload {
         };
         set().map_err(|error: kvm_ioctls::Error| Errno::from_raw(error.errno()))
     }
+
+    /// Does what the payload's protected-mode code does.
+    fn enter_long_mode(&self, sregs: &mut kvm_sregs, state: &LongModeState) -> Result<(), kvm_ioctls::Error> {
+        for (gpa, value) in state.stores {
+            let stored = self.memory.store(value, GuestAddress(gpa), Ordering::SeqCst);
+            stored.map_err(|_| kvm_ioctls::Error::new(libc::EFAULT))?;
+        }
+        sregs.cs = segment(state.cs);
+        sregs.gdt = kvm_dtable { base: state.gdt_base, limit: layout::GDT_LIMIT, padding: [0; 3] };
+        sregs.cr0 = state.cr0;
+        sregs.cr3 = state.cr3;
+        sregs.cr4 = state.cr4;
+        sregs.efer = state.efer;
+        Ok(())
+    }
+}
+
+/// Whether this machine's processor is QEMU's TCG, whose nested paging is off while the guest's paging is.
+fn nested_paging_needs_paging() -> bool {
+    const HYPERVISOR_PRESENT: u32 = 1 << 31;
+    if __cpuid(1).ecx & HYPERVISOR_PRESENT == 0 {
+        return false;
+    }
+    let vendor = __cpuid(0x4000_0000);
+    [vendor.ebx, vendor.ecx, vendor.edx].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"]
 }
 
 /// Which hypercall instruction the CPU has: KVM does not patch VMCALL into VMMCALL where it may not write to the code.
 fn boot_parameter() -> BootParameter {
-    let vendor = std::arch::x86_64::__cpuid(0);
+    let vendor = __cpuid(0);
     // "Auth" and "Hygo" in EBX.
     if matches!(&vendor.ebx.to_le_bytes(), b"Auth" | b"Hygo") { BootParameter::Vmmcall } else { BootParameter::Vmcall }
 }
