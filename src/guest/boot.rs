@@ -143,8 +143,8 @@ impl LongModeState {
             cs: Segment { selector: 8, base: 0, limit: 0xffff_ffff, access_rights: 0xa09b },
             gdt_base: layout::CODE,
             stores: [
-                (area + layout::PML4, area + layout::PDPT | table),
-                (area + layout::PDPT + 3 * 8, area + layout::DIRECTORY | table),
+                (area + layout::PML4, (area + layout::PDPT) | table),
+                (area + layout::PDPT + 3 * 8, (area + layout::DIRECTORY) | table),
                 (area + layout::DIRECTORY + layout::ALIAS_ENTRY, page),
                 (area + layout::DIRECTORY + 511 * 8, page),
                 (area + layout::PARAMETER, initial.rcx),
