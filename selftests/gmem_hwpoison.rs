@@ -99,8 +99,8 @@ impl Drop for Poison {
     fn drop(&mut self) {
         let freed = self.gmem.punch_hole(0, 4 * P);
         if let (Ok(()), Some(debugfs)) = (freed, &mut self.debugfs) {
-            // The frame may not have been poisoned at all, which is no error here.
-            let _ = write!(debugfs, "{:#x}", self.frame);
+            // One write(2) is one frame. That it may not have been poisoned at all is no error here.
+            let _ = debugfs.write_all(format!("{:#x}", self.frame).as_bytes());
         }
     }
 }
