@@ -83,8 +83,17 @@ fn words(text: &str) -> Result<Vec<Word>, Complaint> {
         .collect()
 }
 
+/// Longest line, in bytes. The parser recurses into what it reads, so a line must have an end.
+const LONGEST_LINE: usize = 1000;
+
 /// The statements of one line, which are separated by `;`.
 pub(crate) fn statements(line: &str) -> Result<Vec<RawStatement>, Complaint> {
+    if line.len() > LONGEST_LINE {
+        return Err(Complaint::new(
+            format!("the line has {} bytes", line.len()),
+            format!("write at most {LONGEST_LINE}, and the rest on further lines"),
+        ));
+    }
     let mut statements = Vec::new();
     for piece in without_comment(line).split(';') {
         let text = piece.trim();

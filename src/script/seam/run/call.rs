@@ -5,6 +5,7 @@ use super::super::ast::{
 };
 use super::super::error::Complaint;
 use super::super::expr::Expr;
+use super::look::sept_level;
 use super::outcome::{Kind, Outcome};
 use super::{Armed, Ran, Runner, Stop};
 use crate::sim::tdx_module::fault::{Effect, FaultRule, Filter, When};
@@ -234,11 +235,18 @@ impl Runner<'_> {
             }
             LockObject::Pamt { page, level } => {
                 let (page, level) = (self.value(page)?, self.value(level)?);
+                if level > 2 || !self.machine()?.module.pamt().covers(page) {
+                    return Err(Complaint::new(
+                        format!("there is no PAMT entry of level {level} for {page:#x}"),
+                        "write level=0, 1 or 2 and a page of the TDMR",
+                    )
+                    .into());
+                }
                 LockId::Pamt(level as u8, page)
             }
             LockObject::SeptEntry { gpa, level } => {
                 let (gpa, level) = (self.value(gpa)?, self.value(level)?);
-                let found = self.machine()?.module.sept_entry_lock(tdr, gpa, level as u8);
+                let found = self.machine()?.module.sept_entry_lock(tdr, gpa, sept_level(level)?);
                 found.ok_or_else(|| {
                     Complaint::new(
                         format!("there is no Secure EPT entry of level {level} for gpa {gpa:#x}"),

@@ -12,9 +12,28 @@ use super::{Ran, Runner, Stop};
 use crate::sim::tdx_module::memory::PAGE_SIZE;
 use crate::sim::tdx_module::pamt::PageType;
 use crate::sim::tdx_module::vcpu::LastExit;
-use crate::sim::tdx_module::{Leaf, Outcome as LeafOutcome, Regs};
+use crate::sim::tdx_module::{Leaf, MAX_PA, Outcome as LeafOutcome, Regs};
 
 const LINE: u64 = 64;
+
+/// Refuses an address no 8 bytes of memory can have.
+fn reachable(pa: u64) -> Result<(), Complaint> {
+    if pa.is_multiple_of(8) && pa < MAX_PA {
+        return Ok(());
+    }
+    Err(Complaint::new(format!("no memory is at {pa:#x}"), "write a multiple of 8 below 1<<52"))
+}
+
+/// A level of the Secure EPT.
+pub(super) fn sept_level(level: u64) -> Result<u8, Complaint> {
+    match u8::try_from(level) {
+        Ok(level @ 0..=4) => Ok(level),
+        _ => Err(Complaint::new(
+            format!("there is no level {level}"),
+            "write level=0 for 4K to level=4 for the root of 5 levels",
+        )),
+    }
+}
 
 /// What is looked at, for a mismatch.
 pub(super) fn subject(look: &Look) -> &'static str {
@@ -68,6 +87,7 @@ impl Runner<'_> {
             }
             Look::Line(pa) => {
                 let pa = self.value(pa)?;
+                reachable(pa)?;
                 let tag = self.machine()?.module.line_tag(pa);
                 let word = self.machine()?.module.memory().read_u64(pa & !7);
                 Ok(Outcome::new(Kind::Done)
@@ -107,9 +127,9 @@ impl Runner<'_> {
 
     fn sept(&mut self, tdr: u64, gpa: u64, level: u64) -> Ran {
         let module = &self.machine()?.module;
-        let found = u8::try_from(level).ok().and_then(|level| module.sept_entry(tdr, gpa, level));
-        let (reached, at, entry) = match found {
-            Some(Ok(entry)) => (true, level as u8, entry),
+        let level = sept_level(level)?;
+        let (reached, at, entry) = match module.sept_entry(tdr, gpa, level) {
+            Some(Ok(entry)) => (true, level, entry),
             Some(Err((stopped, entry))) => (false, stopped, entry),
             None => {
                 return Err(Complaint::new("this TD has no Secure EPT", "write `sept gpa=0x0 level=0 td=tdr`").into());
@@ -180,13 +200,7 @@ impl Runner<'_> {
         let value = access.value.as_ref().map(|value| self.value(value)).transpose()?.unwrap_or(0);
         let module = &mut self.machine()?.module;
         let page = pa & !(PAGE_SIZE - 1);
-        if !pa.is_multiple_of(8) {
-            return Err(Complaint::new(
-                format!("the host cannot reach {pa:#x}"),
-                "write an offset that is a multiple of 8",
-            )
-            .into());
-        }
+        reachable(pa)?;
         match access.kind {
             HostAccessKind::Read => {
                 return Ok(match module.host_read(pa) {

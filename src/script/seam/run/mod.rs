@@ -299,7 +299,11 @@ impl Runner<'_> {
             Action::Look(look) => self.look(look),
             Action::Host(access) => self.host(access),
             Action::Advance(ns) => {
-                self.machine()?.module.advance_clock(*ns);
+                let module = &mut self.machine()?.module;
+                if module.clock_ns().checked_add(*ns).is_none() {
+                    return Err(Complaint::new("the clock has come to its end", "advance it by less").into());
+                }
+                module.advance_clock(*ns);
                 done
             }
             Action::Repeat(count, name, body) => return self.repeat(count, name.as_deref(), body),
