@@ -64,7 +64,23 @@ pub struct Td {
     pub vcpus: BTreeMap<u32, TdVcpu>,
 }
 
+/// What the SEAMCALLs on a TD's memory need of it.
+#[derive(Clone, Copy, Debug)]
+pub struct TdIds {
+    /// Physical address of the TDR.
+    pub tdr: u64,
+    /// Private key id.
+    pub hkid: u16,
+    /// How far the TD is.
+    pub state: TdState,
+}
+
 impl Td {
+    /// What the SEAMCALLs on its memory need.
+    pub fn ids(&self) -> TdIds {
+        TdIds { tdr: self.tdr_pa(), hkid: self.hkid, state: self.state }
+    }
+
     /// Physical address of the TDR, the operand of most SEAMCALLs.
     pub fn tdr_pa(&self) -> u64 {
         self.tdr * crate::machine::PAGE_SIZE

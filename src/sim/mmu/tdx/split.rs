@@ -1,5 +1,6 @@
 //! Splitting a huge S-EPT mapping: BLOCK, TRACK, kick, TDH.MEM.PAGE.DEMOTE, before a part of it can go.
 
+use super::Td;
 use super::map::level_of;
 use super::unmap::UnmapError;
 use crate::machine::PAGE_SIZE;
@@ -33,16 +34,16 @@ impl World {
     /// # Errors
     /// What failed; the VM is bugged.
     pub fn tdx_split_leaf(&mut self, vm: VmId, gfn: u64, spte: Spte) -> Result<(), UnmapError> {
-        let Some(td) = self.td_of(vm).cloned() else { return Ok(()) };
+        let Some(td) = self.td_of(vm).map(Td::ids) else { return Ok(()) };
         let level = level_of(spte.order);
         let rcx = (gfn * PAGE_SIZE) | u64::from(level);
-        let entry = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr_pa())];
+        let entry = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr)];
         let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry).status;
         self.split_step(vm, gfn, Leaf::MemRangeBlock, blocked)?;
-        self.tdx_track(vm, &td);
+        self.tdx_track(vm, td);
         let out_of_memory = UnmapError { gfn, leaf: Leaf::MemPageDemote, status: Status::SUCCESS };
         let table = self.control_page().map_err(|_| out_of_memory)?;
-        let operands = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr_pa()), (Reg::R8, table * PAGE_SIZE)];
+        let operands = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr), (Reg::R8, table * PAGE_SIZE)];
         let mut status = self.no_vcpus_call(vm, Leaf::MemPageDemote, &operands).status;
         for _ in 0..RESTARTS {
             if !status.is(Code::InterruptedRestartable) {

@@ -1,8 +1,8 @@
 //! Taking a private page out of the S-EPT: BLOCK, TRACK, kick, REMOVE, WBINVD, with one retry after a kick when busy.
 
-use super::TdState;
 use super::map::level_of;
 use super::seamcall::Answer;
+use super::{Td, TdIds, TdState};
 use crate::machine::{Errno, PAGE_SIZE};
 use crate::sim::World;
 use crate::sim::host::{Order, Pfn};
@@ -82,9 +82,9 @@ impl World {
 
     /// tdx_sept_remove_leaf_spte: a leaf goes from the S-EPT, its frame becomes the host's again.
     fn tdx_remove_leaf(&mut self, vm: VmId, gfn: u64, pfn: Pfn, order: Order) -> Result<(), UnmapError> {
-        let Some(td) = self.td_of(vm).cloned() else { return Ok(()) };
+        let Some(td) = self.td_of(vm).map(Td::ids) else { return Ok(()) };
         let level = u64::from(level_of(order));
-        let entry = [(Reg::Rcx, (gfn * PAGE_SIZE) | level), (Reg::Rdx, td.tdr_pa())];
+        let entry = [(Reg::Rcx, (gfn * PAGE_SIZE) | level), (Reg::Rdx, td.tdr)];
         let fail = |leaf: Leaf, answer: Answer| UnmapError { gfn, leaf, status: answer.status };
         if !self.mutant(Mutant::UnmapSkipsBlock) {
             let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry);
@@ -94,7 +94,7 @@ impl World {
             }
         }
         if td.state == TdState::Runnable {
-            self.tdx_track(vm, &td);
+            self.tdx_track(vm, td);
         }
         let removed = self.no_vcpus_call(vm, Leaf::MemPageRemove, &entry);
         if !removed.status.is_zero() {
@@ -115,9 +115,9 @@ impl World {
     }
 
     /// tdx_track: a new TLB epoch, and every vCPU out of the old one. A failure bugs the VM, and the removal goes on.
-    pub(super) fn tdx_track(&mut self, vm: VmId, td: &super::Td) {
+    pub(super) fn tdx_track(&mut self, vm: VmId, td: TdIds) {
         if !self.mutant(Mutant::UnmapSkipsTrack) {
-            let tracked = self.no_vcpus_call(vm, Leaf::MemTrack, &[(Reg::Rcx, td.tdr_pa())]);
+            let tracked = self.no_vcpus_call(vm, Leaf::MemTrack, &[(Reg::Rcx, td.tdr)]);
             if !tracked.status.is_zero() {
                 self.tdx_bug_on(vm, Leaf::MemTrack, tracked.status);
             }
