@@ -5,10 +5,16 @@
 
 use gmemtest::kvm::KvmMachine;
 use gmemtest::machine::{
-    Availability, Errno, Exit, Facility, GmemBinding, GuestOp, HostMemory, Machine, Mapping, MemoryRegion, PAGE_SIZE,
-    Protection, RegionFile, Reply, Vcpu, Vm, VmConfig, VmType,
+    Availability, Errno, Exit, Facility, GmemBinding, GuestOp, HostMemory, Machine, Mapping, MemoryAttributes,
+    MemoryRegion, PAGE_SIZE, PreFault, Protection, RegionFile, Reply, Vcpu, Vm, VmConfig, VmType,
 };
-use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD};
+use gmemtest::uapi::kvm::{
+    GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP_EXIT_HYPERCALL, KVM_MEM_GUEST_MEMFD,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+};
+use gmemtest::uapi::kvm_para::{
+    KVM_ENOSYS, KVM_EXIT_HYPERCALL_LONG_MODE, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED,
+};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -320,4 +326,68 @@ fn a_vm_without_payload_executes_nothing() {
     let vm = machine.create_vm(VmConfig::Bare).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     assert_eq!(vcpu.execute(GuestOp::Halt), Exit::Failed { errno: Errno::EOPNOTSUPP, reason: 0 });
+}
+
+#[test]
+fn map_gpa_is_a_hypercall_exit_whose_reply_the_guest_gets() {
+    let Some(machine) = machine(&[Facility::ExitHypercall]) else { return };
+    let vm = payload_vm(&machine, 1);
+    let mut vcpu = vcpu(&vm, 0);
+    let map = GuestOp::MapGpa { gpa: GPA, pages: 3, attributes: KVM_MAP_GPA_RANGE_ENCRYPTED };
+    // Not enabled: -KVM_ENOSYS, and no exit.
+    assert_eq!(vcpu.execute(map), Exit::Done(KVM_ENOSYS.wrapping_neg()));
+    vm.enable_capability(KVM_CAP_EXIT_HYPERCALL, [1 << KVM_HC_MAP_GPA_RANGE, 0, 0, 0]).unwrap();
+    match vcpu.execute(map) {
+        Exit::Hypercall { nr: KVM_HC_MAP_GPA_RANGE, args: [GPA, 3, KVM_MAP_GPA_RANGE_ENCRYPTED, ..], flags } => {
+            assert_eq!(flags, KVM_EXIT_HYPERCALL_LONG_MODE);
+        }
+        exit => panic!("{exit:x?}"),
+    }
+    assert_eq!(vcpu.resume(Reply::Hypercall(5)), Exit::Done(5));
+    // A page count of zero is refused by KVM itself: -EINVAL, and no exit.
+    let nothing = GuestOp::MapGpa { gpa: GPA, pages: 0, attributes: 0 };
+    assert_eq!(vcpu.execute(nothing), Exit::Done(22u64.wrapping_neg()));
+}
+
+#[test]
+fn a_private_page_is_the_files_and_a_shared_one_the_mappings() {
+    let Some(machine) = machine(&[Facility::MemoryAttributes, Facility::GuestMemfd]) else { return };
+    let vm = payload_vm(&machine, 1);
+    let memory = machine.host_memory(HostMemory::Anonymous, MIB).unwrap();
+    let gmem = vm.create_guest_memfd(MIB, 0).unwrap();
+    let binding = Some(GmemBinding { file: RegionFile::Gmem(&*gmem), offset: 0 });
+    let userspace_addr = memory.addr();
+    let flags = KVM_MEM_GUEST_MEMFD;
+    vm.set_memory_region(&MemoryRegion { slot: 0, flags, gpa: GPA, size: MIB, userspace_addr, gmem: binding }).unwrap();
+    let convert = |attributes| {
+        vm.set_memory_attributes(&MemoryAttributes { address: GPA, size: PAGE_SIZE, attributes, flags: 0 }).unwrap();
+    };
+    let mut vcpu = vcpu(&vm, 0);
+    memory.write_u64(0, 1).unwrap();
+    assert_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(1));
+    convert(KVM_MEMORY_ATTRIBUTE_PRIVATE);
+    assert_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(0));
+    assert_eq!(vcpu.execute(GuestOp::Write { gpa: GPA, size: 8, value: 2 }), Exit::Done(0));
+    assert_eq!(memory.read_u64(0), Ok(1));
+    convert(0);
+    assert_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(1));
+    convert(KVM_MEMORY_ATTRIBUTE_PRIVATE);
+    assert_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(2));
+    drop(gmem);
+    let flags = KVM_MEMORY_EXIT_FLAG_PRIVATE;
+    let fault = Exit::MemoryFault { errno: Errno::EFAULT, flags, gpa: GPA, size: PAGE_SIZE };
+    assert_eq!(vcpu.execute(GuestOp::Read { gpa: GPA + 16, size: 8 }), fault);
+}
+
+#[test]
+fn pages_are_mapped_ahead_of_the_guest() {
+    let Some(machine) = machine(&[Facility::PreFault]) else { return };
+    let vm = payload_vm(&machine, 1);
+    let _memory = memory(&machine, &vm, 0, GPA, MIB);
+    let mut vcpu = vcpu(&vm, 0);
+    assert_eq!(vcpu.pre_fault(GPA, MIB, 0), PreFault { result: Ok(()), gpa: GPA + MIB, size: 0 });
+    let unaligned = PreFault { result: Err(Errno::EINVAL), gpa: GPA + 1, size: MIB };
+    assert_eq!(vcpu.pre_fault(GPA + 1, MIB, 0), unaligned);
+    let outside = PreFault { result: Err(Errno::ENOENT), gpa: 2 * GPA, size: MIB };
+    assert_eq!(vcpu.pre_fault(2 * GPA, MIB, 0), outside);
 }
