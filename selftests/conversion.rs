@@ -152,8 +152,12 @@ fn guest_gets_the_value_of_user_space(cx: &Context, &(reply, value): &(Reply, u6
 }
 
 /// Address and number of pages.
-const WRONG: &[(&str, (u64, u64))] =
-    &[("unaligned", (BASE + 1, 1)), ("empty", (BASE, 0)), ("wraps", (BASE, 1 << 52)), ("all_pages", (BASE, u64::MAX))];
+const WRONG: &[(&str, (u64, u64))] = &[
+    ("unaligned", (BASE + 1, 1)),
+    ("empty", (BASE, 0)),
+    ("wraps_to_frame_zero", (BASE, (BASE / PAGE_SIZE).wrapping_neg())),
+    ("all_pages", (BASE, u64::MAX)),
+];
 
 fn wrong_range_is_refused_without_an_exit(cx: &Context, &(gpa, pages): &(u64, u64)) -> TestResult {
     let mut vcpu = vcpu_with(cx, &[ENABLE])?;

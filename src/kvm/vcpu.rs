@@ -185,6 +185,10 @@ impl Vcpu for KvmVcpu {
 
     fn pre_fault(&mut self, gpa: u64, size: u64, flags: u64) -> PreFault {
         let mut argument = KvmPreFaultMemory { gpa, size, flags, ..Default::default() };
+        let _limit = match TimeLimit::start(self.limit) {
+            Ok(limit) => limit,
+            Err(errno) => return PreFault { result: Err(errno), gpa, size },
+        };
         // SAFETY: the structure is the ioctl's and holds no pointers.
         let result = unsafe { ioctl::with_struct(&self.fd, KVM_PRE_FAULT_MEMORY, &mut argument) }.map(drop);
         PreFault { result, gpa: argument.gpa, size: argument.size }

@@ -256,7 +256,8 @@ pub trait Vcpu: Send {
         self.resume(Reply::None)
     }
 
-    /// How long one run may take before the guest is kicked out with [`Exit::TimedOut`]. The default is 20 seconds.
+    /// How long one run may take before the guest is kicked out with [`Exit::TimedOut`], and one pre-fault before a signal
+    /// interrupts it. The default is 20 seconds.
     fn set_time_limit(&mut self, limit: Duration);
 
     /// KVM_PRE_FAULT_MEMORY, one call.
