@@ -37,6 +37,11 @@ gmemtest::suite! {
         /// that the order changed under user space.
         first_check_wins[PAIRS];
 
+        /// Of an address beyond the physical address width and a range of the file that is taken, the address is told since
+        /// 7.3, which looks for overlap in the file last (kvm_gmem_prepare_memory_region()); 7.2 bound the file first, and so
+        /// do older kernels, where both are EINVAL. A failure means that the order changed under user space.
+        address_width_is_checked_before_overlap_in_the_file;
+
         /// The slot's memory may overlap another slot's in user space, be absent, or not be mapped: the address is only
         /// checked for being a user address (KVM_SET_USER_MEMORY_REGION2). A failure breaks VMMs that have no shared side.
         any_user_address_is_accepted[ADDRESSES];
@@ -284,13 +289,21 @@ const PAIRS: &[(&str, Pair)] = &[
     ("closed_descriptor_before_gpa_limit", Pair(Wrong::NotOpen, Wrong::GpaBeyondLimit, Errno::EBADF)),
     ("closed_descriptor_before_file_overlap", Pair(Wrong::NotOpen, Wrong::TakenOffset, Errno::EBADF)),
     ("foreign_gmem_before_file_overlap", Pair(Wrong::ForeignGmem, Wrong::TakenOffset, Errno::EINVAL)),
-    ("gpa_limit_before_file_overlap", Pair(Wrong::GpaBeyondLimit, Wrong::TakenOffset, Errno::EINVAL)),
 ];
 
 fn first_check_wins(cx: &Context, &Pair(first, second, errno): &Pair) -> TestResult {
     let scene = Scene::new(cx)?;
     let region = second.put_into(&scene, first.put_into(&scene, scene.correct()));
     claim_err!(scene.vm.set_memory_region(&region), errno, "a region with {first:?} and {second:?}");
+    Ok(())
+}
+
+fn address_width_is_checked_before_overlap_in_the_file(cx: &Context) -> TestResult {
+    let scene = Scene::new(cx)?;
+    let region = Wrong::TakenOffset.put_into(&scene, Wrong::GpaBeyondLimit.put_into(&scene, scene.correct()));
+    // Measured on 6.18.15, 7.2.12 and 7.3.4.
+    let errno = cx.by_release(&[((6, 8), Errno::EINVAL), ((7, 2), Errno::EEXIST), ((7, 3), Errno::EINVAL)])?;
+    claim_err!(scene.vm.set_memory_region(&region), errno, "a taken range at an address that is too high");
     Ok(())
 }
 
