@@ -201,8 +201,8 @@ fn run_tests(
     }
     tell(&boots.last);
     if arguments.timing {
-        let tested = ended.as_ref().map_or(Duration::ZERO, |ended| ended.tested);
-        timing(session, &boots, tested)?;
+        let (own, processes) = ended.as_ref().map_or_else(Default::default, |ended| (ended.tested, ended.processes));
+        timing(session, &boots, Tests { own, processes })?;
     }
     let style = tests.style();
     Ok(match ended {
@@ -239,7 +239,7 @@ fn run_other(arguments: &VmArguments, words: Vec<String>, session: &Session<'_>)
         let to_verdict = boot.clock.end.map_or_else(|| start.elapsed(), |end| end + start.elapsed() - boot.clock.gone);
         let boots =
             rig::Boots { preparation: to_verdict.saturating_sub(boot.clock.gone), last: boot, count: 1, to_verdict };
-        timing(session, &boots, Duration::ZERO)?;
+        timing(session, &boots, Tests::default())?;
     }
     Ok(code)
 }
@@ -283,22 +283,32 @@ fn tell(boot: &Boot) {
     }
 }
 
-fn timing(session: &Session<'_>, boots: &rig::Boots, tested: Duration) -> Result<(), Failure> {
+/// Time that tests took.
+#[derive(Default)]
+struct Tests {
+    /// In their own code.
+    own: Duration,
+    /// From the starts of their processes to their verdicts.
+    processes: Duration,
+}
+
+fn timing(session: &Session<'_>, boots: &rig::Boots, tests: Tests) -> Result<(), Failure> {
     let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
     let clock = &boots.last.clock;
     let boot = clock.hello.map_or_else(|| "none".to_owned(), seconds);
     eprintln!(
-        "timing: verdict after {}: preparing {}, boot to init {boot}, tests' own code {}; boots: {}",
+        "timing: verdict after {}: preparing {}, boot to init {boot}, tests {} ({} in their own code), boots {}",
         seconds(boots.to_verdict),
         seconds(boots.preparation),
-        seconds(tested),
+        seconds(tests.processes),
+        seconds(tests.own),
         boots.count
     );
     let yardstick = session.boot_and_power_off().map_err(|error| format!("{error:#}"))?;
-    let limit = yardstick.mul_f64(1.5) + tested;
+    let limit = yardstick.mul_f64(1.5) + tests.processes;
     let judged = if boots.to_verdict <= limit { "within" } else { "above" };
     eprintln!(
-        "timing: the same boot with an init that powers off at once: {}; 1.5 times that and the tests' own code: {}: {judged}",
+        "timing: the same boot with an init that powers off at once: {}; 1.5 times that and the tests: {}: {judged}",
         seconds(yardstick),
         seconds(limit)
     );

@@ -45,6 +45,8 @@ struct Run {
     finished: bool,
     /// Microseconds in test code.
     tested_us: u64,
+    /// Microseconds from the starts of tests' processes to their verdicts.
+    processes_us: u64,
 }
 
 struct Started {
@@ -71,6 +73,8 @@ pub struct Replayed {
     pub stopped: Option<Stopped>,
     /// Time in the tests' own code.
     pub tested: Duration,
+    /// Time from the start of each test's process to its verdict.
+    pub processes: Duration,
 }
 
 impl<'a> Replay<'a> {
@@ -165,6 +169,7 @@ impl<'a> Replay<'a> {
             stopped: None,
             finished: false,
             tested_us: 0,
+            processes_us: 0,
         });
     }
 
@@ -212,6 +217,7 @@ impl<'a> Replay<'a> {
         run.waiting.retain(|(on, waiting)| (&waiting.name, on) != (&claim.name, &machine));
         run.summary.count(record.outcome);
         run.tested_us += record.test_us;
+        run.processes_us += record.duration_us;
         self.tell(&Event::ClaimFinished { claim: &claim, machine: &machine, record });
     }
 
@@ -298,7 +304,12 @@ impl<'a> Replay<'a> {
         let elapsed = self.start.elapsed();
         let run = self.run.take()?;
         self.tell(&Event::RunFinished { summary: &run.summary, stopped: run.stopped.as_ref(), elapsed });
-        Some(Replayed { summary: run.summary, stopped: run.stopped, tested: Duration::from_micros(run.tested_us) })
+        Some(Replayed {
+            summary: run.summary,
+            stopped: run.stopped,
+            tested: Duration::from_micros(run.tested_us),
+            processes: Duration::from_micros(run.processes_us),
+        })
     }
 
     fn plan(&self, names: &Names) -> Plan {

@@ -5,7 +5,7 @@
 
 mod command;
 mod devices;
-mod held_vm;
+mod emulated;
 mod limits;
 mod modules;
 mod mounts;
@@ -49,7 +49,7 @@ fn serve(task: &Task, complaints: &mut Vec<String>) {
     complaints.extend(modules::load(&task.modules));
     complaints.extend(devices::populate());
     limits::raise();
-    let _held = if task.accel == Accel::Tcg { held_vm::hold() } else { None };
+    let _held = if task.accel == Accel::Tcg { emulated::ease() } else { None };
     let words = kernel_words();
     match &task.duty {
         Duty::Run(arguments) if words.iter().any(|word| word == CONSOLE_PORT) => {
