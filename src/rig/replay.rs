@@ -156,6 +156,7 @@ impl<'a> Replay<'a> {
             run.finished = false;
             return;
         }
+        self.start = Instant::now();
         info.again = self.again.clone();
         let plan = self.plan(names);
         self.tell(&Event::RunStarted { info: &info, plan: &plan });
