@@ -106,7 +106,7 @@ fn exit_codes_of_a_run() {
 
 #[test]
 fn a_machine_that_is_not_to_be_had_is_one_line_and_typed_skips() {
-    let output = output(fixture().args(["good", "--machine", "kvm:default"]));
+    let output = output(fixture().args(["good", "--machine", "kvm:default", "--format", "pretty"]));
     let text = stdout(&output);
     let told: Vec<&str> = text.lines().filter(|line| line.contains("EACCES")).collect();
     assert_eq!(told, ["note: no kvm:default here: no-privilege: /dev/kvm: EACCES (be root, or in the group kvm)"]);
@@ -115,10 +115,15 @@ fn a_machine_that_is_not_to_be_had_is_one_line_and_typed_skips() {
 
 #[test]
 fn results_are_without_colour_where_there_is_no_terminal() {
-    let output = output(fixture().args(["good", "orderly"]));
+    let output = output(fixture().args(["good", "orderly", "--format", "pretty"]));
     assert!(!output.stdout.contains(&0x1b) && output.stderr.is_empty());
     let text = stdout(&output);
     assert!(text.starts_with("seed 0x"), "the seed comes first: {text}");
+}
+
+#[test]
+fn a_selftest_binary_speaks_ktap_where_there_is_no_terminal() {
+    assert!(stdout(&output(fixture().arg("good"))).starts_with("KTAP version 1\n"));
 }
 
 #[test]

@@ -103,10 +103,11 @@ pub fn selftest_main(suites: &[&'static Suite]) -> ExitCode {
 /// [`selftest_main`] with machines of the caller's own.
 pub fn selftest_main_on(suites: &[&'static Suite], machines: &Machines) -> ExitCode {
     with_arguments(suites, machines, |arguments| {
-        let parsed: Selftest = parse(&arguments)?;
+        let mut parsed: Selftest = parse(&arguments)?;
         if parsed.list {
             return list::names(&parsed.run, suites);
         }
+        parsed.run.default_to_ktap();
         run::run(&parsed.run, suites, machines, &[program(&arguments)])
     })
 }

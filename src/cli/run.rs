@@ -1,7 +1,7 @@
 //! `gmemtest run`: runs tests and reports.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,9 +37,9 @@ pub(super) struct RunArguments {
     /// Machine to run on: kvm:default, sim:tdx,policy=bug-vm, ..; auto is every VM type that the running kernel offers.
     #[arg(long, value_name = "SPEC")]
     pub(super) machine: Vec<String>,
-    /// Format of the results.
-    #[arg(long, value_enum, default_value_t)]
-    format: Format,
+    /// Format of the results (default: pretty; of a selftest binary whose output is not a terminal: ktap).
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     /// File for the results; standard output then shows them as text.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -235,19 +235,30 @@ impl RunArguments {
         }
     }
 
+    fn format(&self) -> Format {
+        self.format.unwrap_or_default()
+    }
+
+    /// What kselftest's runner and its like expect of a test binary, where nothing was asked for.
+    pub(super) fn default_to_ktap(&mut self) {
+        if self.output.is_none() && !io::stdout().is_terminal() {
+            self.format.get_or_insert(Format::Ktap);
+        }
+    }
+
     /// Where the results go.
     pub(super) fn reporters(&self) -> Result<Reporters, Failure> {
         let mut reporters: Vec<Box<dyn Listener>> = Vec::new();
         let text = || Box::new(Pretty::new(anstream::AutoStream::auto(io::stdout()), Screen::new()));
         match &self.output {
-            None if self.format == Format::Pretty => reporters.push(text()),
-            None => reporters.push(self.format.reporter(io::stdout())),
+            None if self.format() == Format::Pretty => reporters.push(text()),
+            None => reporters.push(self.format().reporter(io::stdout())),
             Some(path) => {
                 let file = File::options().write(true).create(true).truncate(false).open(path).map_err(|error| {
                     format!("cannot write {}: {error}; give --output a file that can be made", path.display())
                 })?;
-                reporters.push(self.format.reporter(OutputFile { file, old: true }));
-                if self.format != Format::Pretty {
+                reporters.push(self.format().reporter(OutputFile { file, old: true }));
+                if self.format() != Format::Pretty {
                     reporters.push(text());
                 }
             }
