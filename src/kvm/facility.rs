@@ -90,6 +90,7 @@ impl Facilities {
             Facility::SlotZapAllQuirk => self.capability(&SLOT_ZAP_ALL),
             Facility::SecondAddressSpace => self.second_address_space(),
             Facility::KvmStats => self.capability(&STATS),
+            Facility::ModuleInjection => self.module_injection(),
             _ => host_facility::availability(facility),
         }
     }
@@ -164,6 +165,21 @@ impl Facilities {
             SkipKind::Declined,
             format!("a {} VM has no private memory", self.vm_type.name()),
             "kvm:sw-protected or kvm:tdx",
+        )
+    }
+
+    fn module_injection(&self) -> Availability {
+        if self.vm_type != VmType::Tdx {
+            return Availability::absent(
+                SkipKind::Declined,
+                format!("there is no TDX module under a {} VM", self.vm_type.name()),
+                "sim:tdx",
+            );
+        }
+        Availability::absent(
+            SkipKind::NoHardwareInjection,
+            "the TDX module of this host cannot be made to fail, and does not show its calls",
+            "sim:tdx",
         )
     }
 

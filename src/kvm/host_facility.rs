@@ -41,6 +41,11 @@ pub(super) fn availability(facility: Facility) -> Availability {
             "root",
         ),
         Facility::KernelLog => kernel_log(),
+        Facility::PageAccount => Availability::absent(
+            SkipKind::Declined,
+            "references to pages that the host cannot map are not counted here",
+            "a sim machine",
+        ),
         other => unreachable!("{other} depends on KVM"),
     }
 }

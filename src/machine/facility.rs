@@ -11,6 +11,8 @@ pub enum SkipKind {
     ConfigOff,
     /// The hardware, or its number, is not there.
     NoHardware,
+    /// The hardware is there, and nothing that could make it fail on purpose.
+    NoHardwareInjection,
     /// The caller may not.
     NoPrivilege,
     /// Asked not to, or not meaningful on this machine.
@@ -19,10 +21,11 @@ pub enum SkipKind {
 
 impl SkipKind {
     /// Every kind.
-    pub const ALL: [SkipKind; 5] = [
+    pub const ALL: [SkipKind; 6] = [
         SkipKind::UnsupportedKernel,
         SkipKind::ConfigOff,
         SkipKind::NoHardware,
+        SkipKind::NoHardwareInjection,
         SkipKind::NoPrivilege,
         SkipKind::Declined,
     ];
@@ -33,6 +36,7 @@ impl SkipKind {
             SkipKind::UnsupportedKernel => "unsupported-kernel",
             SkipKind::ConfigOff => "config-off",
             SkipKind::NoHardware => "no-hardware",
+            SkipKind::NoHardwareInjection => "no-hardware-injection",
             SkipKind::NoPrivilege => "no-privilege",
             SkipKind::Declined => "declined",
         }
@@ -184,6 +188,10 @@ facilities! {
     FailFunction = "fail-function",
     /// /dev/kmsg is readable: splats can be laid at a test's door.
     KernelLog = "kernel-log",
+    /// References to a page of a guest_memfd can be counted, also of a page that the host cannot map.
+    PageAccount = "page-account",
+    /// The TDX module under the machine can be made to fail, and shows its calls and the owners of pages.
+    ModuleInjection = "module-injection",
 }
 
 impl fmt::Display for Facility {

@@ -12,16 +12,20 @@
 //! guest_memfd file descriptor, a `Box<dyn Vcpu>` the vCPU file descriptor, a `Box<dyn Mapping>` the VMA. No handle keeps
 //! another one open, so that tests can close in any order.
 
+mod account;
 mod facility;
 mod gmem;
 mod host;
+mod module;
 mod spec;
 mod vcpu;
 mod vm;
 
+pub use account::PageAccount;
 pub use facility::{Availability, Facility, SkipKind};
 pub use gmem::{CacheStat, ConvertError, FileOp, FileStat, GuestMemfd, Protection};
 pub use host::{HoldKind, HostFault, HostMemory, Mapping};
+pub use module::{FaultEffect, FaultWhen, ModuleCall, ModuleFault, PageOwner, TdxModule};
 pub use nix::errno::Errno;
 pub use spec::{Family, MachineSpec, Release, SpecError, VmType};
 pub use vcpu::{Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
@@ -70,5 +74,16 @@ pub trait Machine: Send + Sync {
     /// there has a reference more and no KPF_LRU. Machines without [`Facility::DropCaches`] answer ENOSYS.
     fn drain_lru(&self) -> Result<(), Errno> {
         Err(Errno::ENOSYS)
+    }
+
+    /// The references to the page at byte `offset` of a guest_memfd; `None` where no page is allocated. Machines without
+    /// [`Facility::PageAccount`] answer ENOSYS.
+    fn page_account(&self, _file: &dyn GuestMemfd, _offset: u64) -> Result<Option<PageAccount>, Errno> {
+        Err(Errno::ENOSYS)
+    }
+
+    /// The TDX module under the machine, on machines with [`Facility::ModuleInjection`].
+    fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {
+        None
     }
 }

@@ -77,7 +77,7 @@ fn private_huge_folios_are_mapped_huge_and_conversion_splits_and_merges() {
         assert_eq!((error.errno, error.offset), (Errno::EAGAIN, Some(PAGE_SIZE)));
         drop(pin);
         huge.file.convert(0, MIB2, PRIVATE).unwrap();
-        let pages = huge.machine.page_account(huge.file.handle(), PAGE_SIZE).unwrap().refs;
+        let pages = huge.machine.page_account(&*huge.file, PAGE_SIZE).unwrap().unwrap().refs;
         assert_eq!(pages, 512, "one folio again: one page cache reference a page");
         huge.check(2 * PAGE_SIZE, MIB2 - 2 * PAGE_SIZE, 5);
     }
@@ -128,12 +128,12 @@ fn a_split_that_fails_stops_the_punch_and_bugs_the_vm() {
 fn speculative_references_are_waited_for_and_counted() {
     let huge = huge("sim:sw-protected,kernel=huge", MIB2, MMAP_2M);
     huge.file.allocate(0, MIB2).unwrap();
-    let pfn = huge.machine.page_account(huge.file.handle(), 0).unwrap().pfn;
+    let pfn = huge.machine.page_account(&*huge.file, 0).unwrap().unwrap().frame;
     huge.machine.with_world(|world| world.host.frames.get_speculative(pfn, 1, 10));
     huge.file.convert(0, PAGE_SIZE, 0).unwrap();
     let spins = huge.machine.with_world(|world| world.freeze_spins);
     assert_eq!(spins, 10, "ten looks saw it");
-    let pfn = huge.machine.page_account(huge.file.handle(), MIB2 - PAGE_SIZE).unwrap().pfn;
+    let pfn = huge.machine.page_account(&*huge.file, MIB2 - PAGE_SIZE).unwrap().unwrap().frame;
     huge.machine.with_world(|world| world.host.frames.get_speculative(pfn, 2, 1000));
     let error = huge.file.convert(0, PAGE_SIZE, PRIVATE).unwrap_err();
     assert_eq!((error.errno, error.offset), (Errno::EAGAIN, Some(MIB2 - PAGE_SIZE)), "the merge is refused");

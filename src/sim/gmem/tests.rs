@@ -4,7 +4,6 @@ use crate::machine::{
     CacheStat, Errno, FileOp, GuestMemfd, HoldKind, Machine, Mapping, PAGE_SIZE, Protection, Vm, VmConfig,
 };
 use crate::sim::SimMachine;
-use crate::sim::host::Holder;
 use std::sync::Arc;
 
 const MMAP: u64 = 1;
@@ -21,7 +20,7 @@ fn gmem(machine: &SimMachine, pages: u64, flags: u64) -> (Arc<dyn Vm>, Arc<dyn G
 }
 
 fn refs(machine: &SimMachine, file: &Arc<dyn GuestMemfd>, page: u64) -> Option<u32> {
-    machine.page_account(file.handle(), page * PAGE_SIZE).map(|account| account.refs)
+    machine.page_account(&**file, page * PAGE_SIZE).unwrap().map(|account| account.refs)
 }
 
 #[test]
@@ -171,14 +170,18 @@ fn references_follow_the_table_of_holders() {
     let pin = maps[0].hold(0, PAGE_SIZE, HoldKind::Pin).unwrap();
     let get = maps[0].hold(0, PAGE_SIZE, HoldKind::Get).unwrap();
     assert_eq!(refs(&machine, &file, 0), Some(4 + 1024 + 1));
-    let account = machine.page_account(file.handle(), 0).unwrap();
-    assert!(account.holders.contains(&(Holder::HostPte, 3)));
+    let account = machine.page_account(&*file, 0).unwrap().unwrap();
+    assert_eq!(account.held_by("pte"), Some(3));
     file.punch_hole(0, PAGE_SIZE).unwrap();
-    assert_eq!(machine.with_world(|world| world.host.frames.refs(account.pfn)), 1025, "detached, and kept by the pins");
+    assert_eq!(
+        machine.with_world(|world| world.host.frames.refs(account.frame)),
+        1025,
+        "detached, and kept by the pins"
+    );
     assert_eq!(maps[0].read_u64(0), Ok(0));
-    assert_ne!(maps[0].frame(0).unwrap(), account.pfn);
+    assert_ne!(maps[0].frame(0).unwrap(), account.frame);
     drop((pin, get));
-    assert_eq!(machine.with_world(|world| world.host.frames.refs(account.pfn)), 0);
+    assert_eq!(machine.with_world(|world| world.host.frames.refs(account.frame)), 0);
 }
 
 #[test]
@@ -270,7 +273,7 @@ fn conversion_waits_for_a_speculative_reference_once() {
     let machine = machine("sim:sw-protected,kernel=in-place");
     let (_vm, file) = gmem(&machine, 1, SHARED);
     file.allocate(0, PAGE_SIZE).unwrap();
-    let pfn = machine.page_account(file.handle(), 0).unwrap().pfn;
+    let pfn = machine.page_account(&*file, 0).unwrap().unwrap().frame;
     machine.with_world(|world| world.host.frames.get_speculative(pfn, 1, 3));
     assert_eq!(file.convert(0, PAGE_SIZE, 8).unwrap_err().errno, Errno::EAGAIN);
     assert_eq!(file.convert(0, PAGE_SIZE, 8), Ok(()));

@@ -34,6 +34,27 @@ pub enum Holder {
     Leak,
 }
 
+impl Holder {
+    /// The name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Holder::PageCache => "page-cache",
+            Holder::HostPte => "pte",
+            Holder::LruBatch => "lru-batch",
+            Holder::Gup(_) => "get",
+            Holder::Pin(_) => "pin",
+            Holder::Speculative(_) => "speculative",
+            Holder::Iommu(_) => "iommu",
+            Holder::MemoryFailure => "memory-failure",
+            Holder::SeptPin => "sept-pin",
+            Holder::StuckInModule => "stuck-in-module",
+            Holder::Control => "control",
+            Holder::Lookup => "lookup",
+            Holder::Leak => "leak",
+        }
+    }
+}
+
 /// References that one FOLL_PIN adds to a folio of a single page (GUP_PIN_COUNTING_BIAS).
 pub const PIN_BIAS: u32 = 1024;
 

@@ -9,16 +9,17 @@ mod facility;
 mod gmem;
 mod guest;
 mod mapping;
+pub mod module;
 mod tdvmcall;
 mod vcpu;
 mod vm;
 
-use super::host::{Flags, Holder};
+use super::host::Flags;
 use super::mmu::capabilities::capability;
 use super::{FrameModel, Profile, World};
 use crate::machine::{
-    Availability, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, SpecError, Vm, VmConfig,
-    VmType,
+    Availability, Errno, Facility, Family, GuestMemfd, HostMemory, Machine, MachineSpec, Mapping, PAGE_SIZE,
+    PageAccount, Release, SpecError, TdxModule, Vm, VmConfig, VmType,
 };
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -59,21 +60,6 @@ impl Shared {
     }
 }
 
-/// References to a page, for tests of page accounting.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PageAccount {
-    /// The frame.
-    pub pfn: u64,
-    /// `_refcount`.
-    pub refs: u32,
-    /// Host page-table entries.
-    pub mapcount: u32,
-    /// KPF_* bits.
-    pub flags: u64,
-    /// Who holds how many references.
-    pub holders: Vec<(Holder, u32)>,
-}
-
 /// A machine in this process.
 #[derive(Debug)]
 pub struct SimMachine {
@@ -103,22 +89,6 @@ impl SimMachine {
     /// Looks at, or changes, the state behind the traits: allocation failures, speculative references, holders.
     pub fn with_world<R>(&self, action: impl FnOnce(&mut World) -> R) -> R {
         self.shared.with(action)
-    }
-
-    /// Who holds a page of a guest_memfd; `None` where no page is allocated. The file is named by its handle.
-    pub fn page_account(&self, file: u64, offset: u64) -> Option<PageAccount> {
-        self.shared.with(|world| {
-            let inode = world.gmem.files.get(&file)?.inode;
-            let pfn = world.gmem_lookup(inode, offset / crate::machine::PAGE_SIZE)?;
-            let frames = &world.host.frames;
-            Some(PageAccount {
-                pfn,
-                refs: frames.refs(pfn),
-                mapcount: frames.mapcount(pfn),
-                flags: frames.flags(pfn).0,
-                holders: frames.holders(pfn).to_vec(),
-            })
-        })
     }
 }
 
@@ -172,5 +142,24 @@ impl Machine for SimMachine {
     fn drain_lru(&self) -> Result<(), Errno> {
         self.shared.with(|world| world.host.drain_all_lru());
         Ok(())
+    }
+
+    fn page_account(&self, file: &dyn GuestMemfd, offset: u64) -> Result<Option<PageAccount>, Errno> {
+        self.shared.with(|world| {
+            let inode = world.gmem.files.get(&file.handle()).ok_or(Errno::EBADF)?.inode;
+            let Some(frame) = world.gmem_lookup(inode, offset / PAGE_SIZE) else { return Ok(None) };
+            let frames = &world.host.frames;
+            Ok(Some(PageAccount {
+                frame,
+                refs: frames.refs(frame),
+                map_count: frames.mapcount(frame),
+                flags: frames.flags(frame).0,
+                holders: Some(frames.holders(frame).iter().map(|(holder, count)| (holder.name(), *count)).collect()),
+            }))
+        })
+    }
+
+    fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {
+        module::SimModule::of(&self.shared)
     }
 }

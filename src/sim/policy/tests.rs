@@ -34,7 +34,7 @@ fn td(kernel: &str, policy: &str) -> Td {
     }
     assert_eq!(vcpu.execute(GuestOp::Accept { gpa: GPA, len: 4 * PAGE_SIZE, level: 0 }), Exit::Done(0));
     machine.drain_lru().unwrap();
-    let stuck = machine.page_account(file.handle(), STUCK_PAGE * PAGE_SIZE).unwrap().pfn;
+    let stuck = machine.page_account(&*file, STUCK_PAGE * PAGE_SIZE).unwrap().unwrap().frame;
     machine.with_world(|world| {
         let leaf = AnyLeaf::Seamcall(Leaf::MemPageRemove);
         let rule = FaultRule::new(leaf, Status::on(Code::OperandInvalid, Operand::RCX));

@@ -15,6 +15,8 @@ pub enum When {
     First(u64),
     /// The n-th, from 1, and every one after it.
     From(u64),
+    /// The n-th, the 2n-th and so on; none for 0.
+    Every(u64),
     /// Every one.
     Always,
     /// Each with this chance in 2^32, drawn from a generator started with `seed`.
@@ -105,6 +107,7 @@ impl FaultRule {
             When::Nth(n) => self.seen == n,
             When::First(n) => self.seen <= n,
             When::From(n) => self.seen >= n,
+            When::Every(n) => n > 0 && self.seen.is_multiple_of(n),
             When::Always => true,
             When::Probability { chance, .. } => {
                 self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
