@@ -1,6 +1,6 @@
 //! A VM: capabilities, guest_memfds, memory regions, memory attributes, vCPUs.
 
-use super::{Errno, GuestMemfd, Vcpu};
+use super::{Errno, GuestMemfd, TdxVm, Vcpu};
 use std::sync::Arc;
 
 /// What [`super::Machine::create_vm`] sets up besides the VM itself.
@@ -142,6 +142,11 @@ pub trait Vm: Send + Sync {
     /// The bit that makes a guest-physical address of a TD a shared one; 0 where the attribute alone decides.
     fn shared_bit(&self) -> u64 {
         0
+    }
+
+    /// The TDX sub-commands of KVM_MEMORY_ENCRYPT_OP, on machines that know them.
+    fn tdx(&self) -> Option<&dyn TdxVm> {
+        None
     }
 
     /// The raw descriptor, on machines where a VM is one.
