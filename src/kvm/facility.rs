@@ -143,18 +143,7 @@ impl Facilities {
     }
 
     fn guest(&self) -> Availability {
-        let vm = self.vm();
-        if !vm.is_present() {
-            return vm;
-        }
-        match self.vm_type {
-            VmType::Default | VmType::SwProtected => Availability::present(),
-            VmType::Tdx => Availability::absent(
-                SkipKind::Declined,
-                "this version builds no TD around the payload",
-                "a version of this program that does, or sim:tdx",
-            ),
-        }
+        self.vm()
     }
 
     fn private_memory(&self) -> Availability {
