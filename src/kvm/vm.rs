@@ -17,7 +17,7 @@ use crate::uapi::kvm::{
     KVM_CAP_NR_MEMSLOTS, KVM_CHECK_EXTENSION, KVM_SET_MEMORY_ATTRIBUTES, KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
 };
-use crate::uapi::kvm_x86::KVM_TDX_INIT_VM;
+use crate::uapi::kvm_x86::{KVM_TDX_FINALIZE_VM, KVM_TDX_INIT_VM};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use libc::Ioctl;
 use std::collections::BTreeMap;
@@ -74,15 +74,18 @@ impl KvmVm {
             *td.shared_bit.get_mut() = SHARED_BIT;
         }
         let slot = nr_memslots - 1;
-        let (first_reserved_slot, payload) = match config {
-            VmConfig::Bare => (nr_memslots, None),
-            VmConfig::Payload { vcpus } if vm_type == VmType::Tdx => {
+        let (first_reserved_slot, payload) = match config.payload_vcpus() {
+            None => (nr_memslots, None),
+            Some(vcpus) if vm_type == VmType::Tdx => {
                 let guest = tdx::build(kvm, &fd, slot, vcpus)?;
+                if matches!(config, VmConfig::Payload { .. }) {
+                    tdx::issue(&fd, TdxCommand::new(KVM_TDX_FINALIZE_VM, TdxData::Value(0))).result?;
+                }
                 td.memory = Some(guest.memory);
                 td.vcpus = Mutex::new(guest.vcpus);
                 (slot, Some(guest.payload))
             }
-            VmConfig::Payload { vcpus } => (slot, Some(Arc::new(Payload::install(kvm, &fd, slot, vcpus)?))),
+            Some(vcpus) => (slot, Some(Arc::new(Payload::install(kvm, &fd, slot, vcpus)?))),
         };
         Ok(KvmVm { fd, kvm: Arc::clone(kvm), first_reserved_slot, payload, td })
     }

@@ -14,6 +14,22 @@ pub enum VmConfig {
         /// How many vCPUs may be created, with ids from 0.
         vcpus: u32,
     },
+    /// The same, but KVM_TDX_FINALIZE_VM is left to the test, which can add memory before. Of a VM that is no TD nothing
+    /// is left out.
+    PayloadUnfinalized {
+        /// How many vCPUs may be created, with ids from 0.
+        vcpus: u32,
+    },
+}
+
+impl VmConfig {
+    /// How many vCPUs the payload serves; `None` without it.
+    pub fn payload_vcpus(self) -> Option<u32> {
+        match self {
+            VmConfig::Bare => None,
+            VmConfig::Payload { vcpus } | VmConfig::PayloadUnfinalized { vcpus } => Some(vcpus),
+        }
+    }
 }
 
 /// The file that a memory region names in its `guest_memfd` field.

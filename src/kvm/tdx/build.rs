@@ -1,4 +1,4 @@
-//! A TD with the payload, from KVM_TDX_INIT_VM to KVM_TDX_FINALIZE_VM.
+//! A TD with the payload, from KVM_TDX_INIT_VM to what comes before KVM_TDX_FINALIZE_VM.
 
 use super::super::gmem::KvmGuestMemfd;
 use super::super::ioctl;
@@ -16,7 +16,7 @@ use crate::uapi::kvm::{
     KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_SET_MEMORY_ATTRIBUTES, KVM_SET_USER_MEMORY_REGION2,
 };
 use crate::uapi::kvm_x86::{
-    KVM_TDX_CAPABILITIES, KVM_TDX_FINALIZE_VM, KVM_TDX_GET_CPUID, KVM_TDX_INIT_MEM_REGION, KVM_TDX_INIT_VCPU,
+    KVM_TDX_CAPABILITIES, KVM_TDX_GET_CPUID, KVM_TDX_INIT_MEM_REGION, KVM_TDX_INIT_VCPU,
     KVM_TDX_INIT_VM, KVM_TDX_MEASURE_MEMORY_REGION, KvmTdxInitMemRegion,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -45,7 +45,7 @@ pub(in crate::kvm) struct TdGuest {
     pub(in crate::kvm) vcpus: BTreeMap<u32, VcpuFd>,
 }
 
-/// Makes a TD of a new VM: the payload in slot `slot`, vCPUs with ids below `vcpus`, finalised.
+/// Makes a TD of a new VM: the payload in slot `slot`, vCPUs with ids below `vcpus`; it is not finalised yet.
 ///
 /// # Errors
 /// EINVAL for more vCPUs than the payload has areas for, or the errno of the call that failed.
@@ -66,7 +66,6 @@ pub(in crate::kvm) fn build(kvm: &Kvm, vm: &VmFd, slot: u32, vcpus: u32) -> Resu
     if let Some(first) = fds.get(&0) {
         add_memory(vm, first, &payload, vcpus, &memory)?;
     }
-    command(vm, TdxCommand::new(KVM_TDX_FINALIZE_VM, TdxData::Value(0)))?;
     Ok(TdGuest { payload, memory: Arc::new(memory), vcpus: fds })
 }
 
