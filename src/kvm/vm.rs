@@ -5,6 +5,7 @@ use super::mapping::errno_of;
 use super::payload::Payload;
 use super::vcpu::KvmVcpu;
 use super::{ioctl, stats, tdx};
+use crate::machine::tdx_cpuid::GPAW_48;
 use crate::machine::{
     Errno, GmemBinding, GuestMemfd, MemoryAttributes, MemoryRegion, RegionFile, TdxAnswer, TdxCommand, TdxData,
     TdxInitVm, TdxVm, Vcpu, Vm, VmConfig, VmType,
@@ -55,7 +56,7 @@ struct Td {
 }
 
 /// The SHARED bit of a TD with four levels of S-EPT.
-const SHARED_BIT: u64 = 1 << (tdx::GPAW_48 - 1);
+const SHARED_BIT: u64 = 1 << (GPAW_48 - 1);
 /// The SHARED bit of a TD with five.
 const SHARED_BIT_WIDE: u64 = 1 << 51;
 

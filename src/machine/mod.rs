@@ -19,6 +19,7 @@ mod host;
 mod module;
 mod spec;
 mod tdx;
+pub mod tdx_cpuid;
 mod vcpu;
 mod vm;
 

@@ -3,10 +3,10 @@
 use super::super::gmem::KvmGuestMemfd;
 use super::super::ioctl;
 use super::super::payload::Payload;
-use super::{command, cpuid};
+use super::command;
 use crate::guest::{BootParameter, layout};
 use crate::machine::{
-    CpuidEntry, Errno, GuestMemfd, PAGE_SIZE, TdxCapabilities, TdxCommand, TdxCpuid, TdxData, TdxInitVm,
+    CpuidEntry, Errno, GuestMemfd, PAGE_SIZE, TdxCapabilities, TdxCommand, TdxCpuid, TdxData, TdxInitVm, tdx_cpuid,
 };
 use crate::uapi::bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_memory_attributes, kvm_userspace_memory_region2,
@@ -96,14 +96,14 @@ fn capabilities(vm: &VmFd) -> Result<TdxCapabilities, Errno> {
 fn init_vm(vm: &VmFd, supported: &[CpuidEntry]) -> Result<(), Errno> {
     let capabilities = capabilities(vm)?;
     let attributes = SEPT_VE_DISABLE & capabilities.fixed.supported_attrs;
-    let init = TdxInitVm::new(attributes, XFAM, cpuid::configured(&capabilities.entries, supported));
+    let init = TdxInitVm::new(attributes, XFAM, tdx_cpuid::configured(&capabilities.entries, supported));
     command(vm, TdxCommand::new(KVM_TDX_INIT_VM, TdxData::InitVm(&init)))
 }
 
 fn init_vcpu(vcpu: &VcpuFd, supported: &[CpuidEntry]) -> Result<(), Errno> {
     let mut seen = TdxCpuid::with_room(KVM_MAX_CPUID_ENTRIES as u32);
     command(vcpu, TdxCommand::new(KVM_TDX_GET_CPUID, TdxData::Cpuid(&mut seen)))?;
-    let entries = cpuid::of_vcpu(&seen.entries, supported);
+    let entries = tdx_cpuid::of_vcpu(&seen.entries, supported);
     let cpuid = CpuId::from_entries(&entries).map_err(|_| Errno::E2BIG)?;
     vcpu.set_cpuid2(&cpuid).map_err(|error| Errno::from_raw(error.errno()))?;
     command(vcpu, TdxCommand::new(KVM_TDX_INIT_VCPU, TdxData::Value(BootParameter::Td as u64)))

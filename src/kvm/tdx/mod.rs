@@ -1,7 +1,7 @@
 //! TDs: the life cycle of a TDX VM, and the payload in one.
 //!
 //! A TD is built by the sub-commands of KVM_MEMORY_ENCRYPT_OP ([`command`]), with a CPUID that is the common part of what
-//! KVM supports and the module lets be configured ([`cpuid`]). A VM with the payload is built in one go ([`build`]): its
+//! KVM supports and the module lets be configured ([`crate::machine::tdx_cpuid`]). A VM with the payload is built in one go ([`build`]): its
 //! vCPUs have to exist before the TD is finalised, and the payload's memory has to be added before that, so that both wait
 //! for the test to ask for them.
 //!
@@ -10,10 +10,6 @@
 
 mod build;
 mod command;
-mod cpuid;
 
 pub(super) use build::build;
 pub(super) use command::{issue, issue_unreadable};
-
-/// Guest-physical address bits of a TD with four levels of S-EPT.
-pub(super) const GPAW_48: u32 = 48;

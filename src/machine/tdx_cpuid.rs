@@ -1,7 +1,9 @@
 //! CPUID of a TD: what INIT_VM configures, and what KVM is told that the vCPU has.
 
-use super::GPAW_48;
-use crate::machine::CpuidEntry;
+use super::CpuidEntry;
+
+/// Guest-physical address bits of a TD with four levels of S-EPT.
+pub const GPAW_48: u32 = 48;
 
 /// Leaf of the address widths; EAX\[23:16\] is the width of guest-physical addresses, 48 or 52.
 const ADDRESS_SIZES: u32 = 0x8000_0008;
@@ -11,7 +13,7 @@ const X2APIC: u32 = 1 << 21;
 
 /// The CPUID configuration of KVM_TDX_INIT_VM: of each configurable leaf the bits that KVM supports, and 48 bits of
 /// guest-physical addresses. The kernel refuses entries that are not configurable.
-pub(super) fn configured(configurable: &[CpuidEntry], supported: &[CpuidEntry]) -> Vec<CpuidEntry> {
+pub fn configured(configurable: &[CpuidEntry], supported: &[CpuidEntry]) -> Vec<CpuidEntry> {
     let common = |allowed: &CpuidEntry| {
         let has = find(supported, allowed).copied().unwrap_or_default();
         let mut entry = *allowed;
@@ -30,7 +32,7 @@ pub(super) fn configured(configurable: &[CpuidEntry], supported: &[CpuidEntry]) 
 /// The argument of KVM_SET_CPUID2: what KVM_TDX_GET_CPUID says that the guest sees, and what KVM supports for leaves of
 /// which the module says nothing. KVM looks at it for the APIC mode, which has to be x2APIC before KVM_TDX_INIT_VCPU, and
 /// for the legal guest-physical addresses of hypercalls.
-pub(super) fn of_vcpu(seen: &[CpuidEntry], supported: &[CpuidEntry]) -> Vec<CpuidEntry> {
+pub fn of_vcpu(seen: &[CpuidEntry], supported: &[CpuidEntry]) -> Vec<CpuidEntry> {
     let mut entries = supported.to_vec();
     for entry in seen.iter().filter(|entry| entry.eax | entry.ebx | entry.ecx | entry.edx != 0) {
         match entries.iter_mut().find(|known| same_leaf(known, entry)) {
