@@ -41,6 +41,13 @@ selftests! {
     "../selftests/memory_fault.rs" memory_fault,
     "../selftests/conversion.rs" conversion,
     "../selftests/races.rs" races,
+    "../selftests/tdx_vm.rs" tdx_vm,
+    "../selftests/tdx_vcpu.rs" tdx_vcpu,
+    "../selftests/tdx_memory.rs" tdx_memory,
+    "../selftests/tdx_measure.rs" tdx_measure,
+    "../selftests/tdx_lifecycle.rs" tdx_lifecycle,
+    "../selftests/tdx_refused.rs" tdx_refused,
+    "../selftests/tdx_guest.rs" tdx_guest,
 }
 
 fn main() -> ExitCode {

@@ -231,11 +231,7 @@ impl TdMemory {
 
     /// The argument of KVM_TDX_INIT_MEM_REGION for some pages, from the same pages of the source.
     pub fn region(&self, page: u64, pages: u64) -> KvmTdxInitMemRegion {
-        KvmTdxInitMemRegion {
-            source_addr: self.source.addr() + page * PAGE_SIZE,
-            gpa: self.gpa(page),
-            nr_pages: pages,
-        }
+        KvmTdxInitMemRegion { source_addr: self.source.addr() + page * PAGE_SIZE, gpa: self.gpa(page), nr_pages: pages }
     }
 }
 

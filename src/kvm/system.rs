@@ -5,7 +5,8 @@ use super::mapping::KvmMapping;
 use super::vm::KvmVm;
 use super::{ioctl, page, vm};
 use crate::machine::{
-    Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, Vm, VmConfig, VmType,
+    Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, Vm,
+    VmConfig, VmType,
 };
 use crate::uapi::bindings::KVM_MAX_CPUID_ENTRIES;
 use crate::uapi::kvm::KVM_CHECK_EXTENSION;

@@ -30,9 +30,7 @@ pub use host::{HoldKind, HostFault, HostMemory, Mapping};
 pub use module::{FaultEffect, FaultWhen, ModuleCall, ModuleFault, PageOwner, TdxModule};
 pub use nix::errno::Errno;
 pub use spec::{Family, MachineSpec, Release, SpecError, VmType};
-pub use tdx::{
-    CpuidEntry, TdxAnswer, TdxCapabilities, TdxCommand, TdxCpuid, TdxData, TdxInitVm, TdxVcpu, TdxVm,
-};
+pub use tdx::{CpuidEntry, TdxAnswer, TdxCapabilities, TdxCommand, TdxCpuid, TdxData, TdxInitVm, TdxVcpu, TdxVm};
 pub use vcpu::{Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
 pub use vm::{GmemBinding, MemoryAttributes, MemoryRegion, RegionFile, Vm, VmConfig};
 

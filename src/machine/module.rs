@@ -122,6 +122,11 @@ pub trait TdxModule: Send + Sync {
     /// Whose the page frame is. ENXIO for a frame outside of the memory that the module was given.
     fn page_owner(&self, frame: u64) -> Result<PageOwner, Errno>;
 
+    /// MRTD of the TD with this TDR. ENOENT for a TDR that is none, ENOSYS where the module does not show it.
+    fn measurement(&self, _tdr: u64) -> Result<[u8; 48], Errno> {
+        Err(Errno::ENOSYS)
+    }
+
     /// What contradicts the module's own invariants, one line each.
     fn violations(&self) -> Result<Vec<String>, Errno>;
 }

@@ -91,8 +91,7 @@ mod tests {
     #[test]
     fn a_vcpu_has_x2apic_and_what_the_module_says_of_it() {
         let seen = [leaf(0, None, [0; 4]), leaf(7, Some(0), [0, 5, 0, 0]), leaf(0x21, None, [1, 0, 0, 0])];
-        let supported =
-            [leaf(0, None, [0x1f, 1, 2, 3]), leaf(1, None, [6; 4]), leaf(7, Some(0), [0, 9, 9, 9])];
+        let supported = [leaf(0, None, [0x1f, 1, 2, 3]), leaf(1, None, [6; 4]), leaf(7, Some(0), [0, 9, 9, 9])];
         let entries = of_vcpu(&seen, &supported);
         assert_eq!(entries[0].eax, 0x1f, "a leaf of zeros says nothing");
         assert_eq!(entries[1].ecx, 6 | X2APIC);

@@ -18,8 +18,8 @@ use super::host::Flags;
 use super::mmu::capabilities::capability;
 use super::{FrameModel, Profile, World};
 use crate::machine::{
-    Availability, CpuidEntry, Errno, Facility, Family, GuestMemfd, HostMemory, Machine, MachineSpec, Mapping, PAGE_SIZE,
-    PageAccount, Release, SpecError, TdxModule, Vm, VmConfig, VmType,
+    Availability, CpuidEntry, Errno, Facility, Family, GuestMemfd, HostMemory, Machine, MachineSpec, Mapping,
+    PAGE_SIZE, PageAccount, Release, SpecError, TdxModule, Vm, VmConfig, VmType,
 };
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

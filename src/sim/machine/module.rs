@@ -116,6 +116,10 @@ impl TdxModule for SimModule {
         })
     }
 
+    fn measurement(&self, tdr: u64) -> Result<[u8; 48], Errno> {
+        self.with(|module| module.td(tdr).map(|td| td.mrtd).ok_or(Errno::ENOENT))
+    }
+
     fn violations(&self) -> Result<Vec<String>, Errno> {
         self.with(|module| Ok(module.check().iter().map(ToString::to_string).collect()))
     }

@@ -75,13 +75,7 @@ impl World {
         built
     }
 
-    fn build_tdcs(
-        &mut self,
-        vm: VmId,
-        tdr_pa: u64,
-        config: &TdConfig,
-        hw_error: &mut u64,
-    ) -> Result<(), Errno> {
+    fn build_tdcs(&mut self, vm: VmId, tdr_pa: u64, config: &TdConfig, hw_error: &mut u64) -> Result<(), Errno> {
         self.create_step(vm, Leaf::MngKeyConfig, &[(Reg::Rcx, tdr_pa)])?;
         for _ in 0..TDCS_PAGES {
             let page = self.control_page()?;
