@@ -11,6 +11,11 @@ pub mod protocol;
 
 pub use client::{ModuleClient, module};
 
+/// Whether the running kernel's TDX module is the simulated one.
+pub fn is_here() -> bool {
+    std::path::Path::new(SOCKET).exists()
+}
+
 /// The name of the virtio-serial port that leads to the module.
 pub const PORT_NAME: &str = "org.gmemtest.module";
 /// Where the guest's init listens.
