@@ -24,6 +24,8 @@ mod mailbox;
 mod platform;
 mod ram;
 mod service;
+#[cfg(test)]
+mod tests;
 mod timing;
 
 use std::io;

@@ -45,6 +45,14 @@ impl Ram {
     pub fn new(len: u64) -> io::Result<Ram> {
         let file = File::from(memfd_create(c"gmemtest-ram", MFdFlags::MFD_CLOEXEC)?);
         file.set_len(len)?;
+        Ram::of(file, len)
+    }
+
+    /// RAM of `len` bytes that lies in `file`.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn of(file: File, len: u64) -> io::Result<Ram> {
         let size = NonZeroUsize::new(len as usize).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
