@@ -127,6 +127,14 @@ gmemtest_payload:
     mov rax, cr2
     mov [r15 + {m_cr2}], rax
     mov qword ptr [r15 + {m_status}], {exception}
+// #VE in a TD: TDG.VP.VEINFO.GET, without which the next #VE would be a #DF.
+    cmp dword ptr [r15 + {m_vector}], 20
+    jne .Lexception_over
+    cmp dword ptr [rbp + {parameter}], {td}
+    jne .Lexception_over
+    mov eax, 3
+    .byte 0x66, 0x0f, 0x01, 0xcc
+.Lexception_over:
     lea rax, [rip + .Lreport]
     jmp .Lto_user
 // #BP: a call if it comes from the one place that calls. R10 is the service, as in the order below.

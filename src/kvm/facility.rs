@@ -77,6 +77,7 @@ impl Facilities {
             Facility::Vm => self.vm(),
             Facility::Guest => self.guest(),
             Facility::PrivateMemory => self.private_memory(),
+            Facility::Tdx => self.tdx(),
             Facility::InPlaceConversion => self.in_place_conversion(),
             Facility::GuestMemfd => self.capability(&GUEST_MEMFD),
             Facility::GmemMmap => self.capability(&GMEM_MMAP),
@@ -143,18 +144,7 @@ impl Facilities {
     }
 
     fn guest(&self) -> Availability {
-        let vm = self.vm();
-        if !vm.is_present() {
-            return vm;
-        }
-        match self.vm_type {
-            VmType::Default | VmType::SwProtected => Availability::present(),
-            VmType::Tdx => Availability::absent(
-                SkipKind::Declined,
-                "this version builds no TD around the payload",
-                "a version of this program that does, or sim:tdx",
-            ),
-        }
+        self.vm()
     }
 
     fn private_memory(&self) -> Availability {
@@ -166,6 +156,14 @@ impl Facilities {
             format!("a {} VM has no private memory", self.vm_type.name()),
             "kvm:sw-protected or kvm:tdx",
         )
+    }
+
+    fn tdx(&self) -> Availability {
+        if self.vm_type == VmType::Tdx {
+            return self.vm();
+        }
+        let why = format!("a {} VM is no TD", self.vm_type.name());
+        Availability::absent(SkipKind::Declined, why, "kvm:tdx or sim:tdx")
     }
 
     fn module_injection(&self) -> Availability {

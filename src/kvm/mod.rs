@@ -9,6 +9,7 @@
 //! | `system` | /dev/kvm: [`KvmMachine`] |
 //! | `vm` | a VM: slots, attributes, capabilities |
 //! | `payload` | the guest's program in a VM, and the start of its vCPUs |
+//! | `tdx` | the sub-commands of KVM_MEMORY_ENCRYPT_OP, and a TD with the payload |
 //! | `vcpu`, `exit`, `kick` | a vCPU: KVM_RUN, what its exit says, and how another thread ends it |
 //! | `gmem`, `file_op` | a guest_memfd and the system calls on it |
 //! | `mapping`, `host_access`, `hold`, `pagemap` | memory of this process and what may be done to it |
@@ -30,6 +31,7 @@ mod pagemap;
 mod payload;
 mod stats;
 mod system;
+mod tdx;
 mod vcpu;
 mod vm;
 

@@ -26,29 +26,49 @@ pub(super) struct Payload {
 }
 
 impl Payload {
-    /// Puts the payload into a VM, in slot `slot`, for vCPUs with ids below `vcpus`.
+    /// The payload's memory with its code in it, for vCPUs with ids below `vcpus`, in no VM yet.
     ///
     /// # Errors
-    /// EINVAL for more vCPUs than the payload has areas for, or the errno of the call that failed.
-    pub(super) fn install(kvm: &Kvm, vm: &VmFd, slot: u32, vcpus: u32) -> Result<Payload, Errno> {
+    /// EINVAL for more vCPUs than the payload has areas for, ENOMEM.
+    pub(super) fn new(vcpus: u32, parameter: BootParameter) -> Result<Payload, Errno> {
         if vcpus == 0 || vcpus > layout::MAX_VCPUS {
             return Err(Errno::EINVAL);
         }
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(layout::BASE), layout::SIZE as usize)])
             .map_err(|_| Errno::ENOMEM)?;
         memory.write_slice(image::bytes(), GuestAddress(layout::CODE)).map_err(|_| Errno::EFAULT)?;
-        let base = memory.get_host_address(GuestAddress(layout::BASE)).map_err(|_| Errno::EFAULT)?;
+        let cpuid = CpuId::new(0).map_err(|_| Errno::ENOMEM)?;
+        Ok(Payload { memory, vcpus, parameter, cpuid })
+    }
+
+    /// Puts the payload into a VM that is no TD, in slot `slot`, for vCPUs with ids below `vcpus`.
+    ///
+    /// # Errors
+    /// EINVAL for more vCPUs than the payload has areas for, or the errno of the call that failed.
+    pub(super) fn install(kvm: &Kvm, vm: &VmFd, slot: u32, vcpus: u32) -> Result<Payload, Errno> {
+        let mut payload = Payload::new(vcpus, boot_parameter())?;
         let mut region = kvm_userspace_memory_region {
             slot,
             flags: 0,
             guest_phys_addr: layout::BASE,
             memory_size: layout::SIZE,
-            userspace_addr: base as u64,
+            userspace_addr: payload.host_address(layout::BASE)?,
         };
         // SAFETY: the structure is the ioctl's. The memory belongs to this value, which every vCPU of the VM holds.
         unsafe { ioctl::with_struct(vm, KVM_SET_USER_MEMORY_REGION, &mut region) }?;
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| Errno::from_raw(error.errno()))?;
-        Ok(Payload { memory, vcpus, parameter: boot_parameter(), cpuid })
+        payload.cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| Errno::from_raw(error.errno()))?;
+        Ok(payload)
+    }
+
+    /// Where a guest-physical address of the payload is in this process.
+    pub(super) fn host_address(&self, gpa: u64) -> Result<u64, Errno> {
+        self.memory.get_host_address(GuestAddress(gpa)).map(|address| address as u64).map_err(|_| Errno::EFAULT)
+    }
+
+    /// Whether it is a TD's: nothing of its vCPUs' state can be set.
+    pub(super) fn is_in_td(&self) -> bool {
+        self.parameter == BootParameter::Td
     }
 
     /// The mailbox of a vCPU.

@@ -5,8 +5,10 @@ use super::mapping::KvmMapping;
 use super::vm::KvmVm;
 use super::{ioctl, page, vm};
 use crate::machine::{
-    Availability, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, TdxModule, Vm, VmConfig, VmType,
+    Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, TdxModule,
+    Vm, VmConfig, VmType,
 };
+use crate::uapi::bindings::KVM_MAX_CPUID_ENTRIES;
 use crate::uapi::kvm::KVM_CHECK_EXTENSION;
 use kvm_ioctls::Kvm;
 use std::sync::{Arc, OnceLock};
@@ -98,6 +100,11 @@ impl Machine for KvmMachine {
 
     fn host_memory(&self, kind: HostMemory, len: u64) -> Result<Box<dyn Mapping>, Errno> {
         Ok(Box::new(KvmMapping::of_host_memory(kind, len)?))
+    }
+
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Errno> {
+        let supported = self.kvm()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        supported.map(|cpuid| cpuid.as_slice().to_vec()).map_err(|error| Errno::from_raw(error.errno()))
     }
 
     fn page_flags(&self, frame: u64) -> Result<u64, Errno> {

@@ -2,11 +2,13 @@
 
 use super::kick::{Interrupted, Kicker, TimeLimit};
 use super::payload::Payload;
-use super::{exit, ioctl, stats};
+use super::{exit, ioctl, stats, tdx};
 use crate::guest::layout::REPORT_PORT;
 use crate::guest::{Mailbox, Outcome};
-use crate::machine::{Errno, Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
-use crate::uapi::bindings::kvm_run;
+use crate::machine::{
+    CpuidEntry, Errno, Exit, GuestMemfd, GuestOp, PreFault, Reply, TdxAnswer, TdxCommand, TdxVcpu, Vcpu, VcpuControl,
+};
+use crate::uapi::bindings::{CpuId, kvm_run};
 use crate::uapi::kvm::{KVM_EXIT_UNKNOWN, KVM_PRE_FAULT_MEMORY, KVM_RUN, KvmPreFaultMemory};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::ptr::NonNull;
@@ -23,6 +25,8 @@ pub(super) struct KvmVcpu {
     limit: Duration,
     control: Arc<Control>,
     guest: Guest,
+    /// The private memory of a TD's payload, for as long as there is a vCPU to run it.
+    _memory: Option<Arc<dyn GuestMemfd>>,
 }
 
 /// Where the payload is.
@@ -71,7 +75,7 @@ impl KvmVcpu {
     /// # Errors
     /// EINVAL for an id that the payload has no area for, or the errno of the call that failed.
     pub(super) fn create(vm: &VmFd, id: u32, payload: Option<Arc<Payload>>) -> Result<KvmVcpu, Errno> {
-        let mut fd = vm.create_vcpu(u64::from(id)).map_err(|error| Errno::from_raw(error.errno()))?;
+        let fd = vm.create_vcpu(u64::from(id)).map_err(|error| Errno::from_raw(error.errno()))?;
         let guest = match &payload {
             None => Guest::None,
             Some(payload) if id < payload.vcpus() => {
@@ -81,9 +85,29 @@ impl KvmVcpu {
             }
             Some(_) => return Err(Errno::EINVAL),
         };
+        Ok(KvmVcpu::new(fd, id, payload, guest, None))
+    }
+
+    /// A vCPU of a TD with the payload, which was created before the TD was finalised.
+    pub(super) fn of_td(
+        fd: VcpuFd,
+        id: u32,
+        payload: Option<Arc<Payload>>,
+        memory: Option<Arc<dyn GuestMemfd>>,
+    ) -> KvmVcpu {
+        KvmVcpu::new(fd, id, payload, Guest::Waiting, memory)
+    }
+
+    fn new(
+        mut fd: VcpuFd,
+        id: u32,
+        payload: Option<Arc<Payload>>,
+        guest: Guest,
+        memory: Option<Arc<dyn GuestMemfd>>,
+    ) -> KvmVcpu {
         let kicker = Kicker::new(NonNull::from(&mut fd.get_kvm_run().immediate_exit));
         let control = Arc::new(Control { id, kicker, payload });
-        Ok(KvmVcpu { fd, id, limit: DEFAULT_TIME_LIMIT, control, guest })
+        KvmVcpu { fd, id, limit: DEFAULT_TIME_LIMIT, control, guest, _memory: memory }
     }
 
     /// Runs the guest to the first exit, which is the payload's report where it is one.
@@ -111,7 +135,28 @@ impl KvmVcpu {
             return Err(errno);
         }
         let payload = self.control.payload.as_ref().ok_or(Errno::EOPNOTSUPP)?;
+        if payload.is_in_td() {
+            return self.interrupt_payload();
+        }
         payload.start(&self.fd, self.id)
+    }
+
+    /// Takes the payload out of an operation in a TD, whose registers cannot be set: with an NMI, which comes before the
+    /// instruction that did not complete is tried again. The payload reports it like any exception.
+    fn interrupt_payload(&mut self) -> Result<(), Errno> {
+        /// `KVM_NMI`.
+        const KVM_NMI: libc::Ioctl = libc::_IO(0xae, 0x9a);
+        const VECTOR_NMI: u8 = 2;
+        // The operation may have ended since, with a report that nobody waits for any more.
+        for _ in 0..2 {
+            ioctl::with_value(&self.fd, KVM_NMI, 0)?;
+            match self.run_command() {
+                Exit::GuestException { vector: VECTOR_NMI, .. } => return Ok(()),
+                Exit::Failed { errno, .. } => return Err(errno),
+                _ => {}
+            }
+        }
+        Err(Errno::EBUSY)
     }
 
     /// KVM_RUN until the guest leaves, is kicked, or its time is up.
@@ -198,7 +243,26 @@ impl Vcpu for KvmVcpu {
         Arc::clone(&self.control) as Arc<dyn VcpuControl>
     }
 
+    fn tdx(&mut self) -> Option<&mut dyn TdxVcpu> {
+        Some(self)
+    }
+
     fn statistic(&self, name: &str) -> Result<u64, Errno> {
         stats::read(&self.fd, name)
+    }
+}
+
+impl TdxVcpu for KvmVcpu {
+    fn command(&mut self, command: TdxCommand<'_>) -> TdxAnswer {
+        tdx::issue(&self.fd, command)
+    }
+
+    fn unreadable_command(&mut self) -> Result<(), Errno> {
+        tdx::issue_unreadable(&self.fd)
+    }
+
+    fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), Errno> {
+        let cpuid = CpuId::from_entries(entries).map_err(|_| Errno::E2BIG)?;
+        self.fd.set_cpuid2(&cpuid).map_err(|error| Errno::from_raw(error.errno()))
     }
 }

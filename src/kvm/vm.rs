@@ -4,9 +4,11 @@ use super::gmem::KvmGuestMemfd;
 use super::mapping::errno_of;
 use super::payload::Payload;
 use super::vcpu::KvmVcpu;
-use super::{ioctl, stats};
+use super::{ioctl, stats, tdx};
+use crate::machine::tdx_cpuid::GPAW_48;
 use crate::machine::{
-    Errno, GmemBinding, GuestMemfd, MemoryAttributes, MemoryRegion, RegionFile, Vcpu, Vm, VmConfig, VmType,
+    Errno, GmemBinding, GuestMemfd, MemoryAttributes, MemoryRegion, RegionFile, TdxAnswer, TdxCommand, TdxData,
+    TdxInitVm, TdxVm, Vcpu, Vm, VmConfig, VmType,
 };
 use crate::uapi::bindings::{
     kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_memory_attributes, kvm_userspace_memory_region,
@@ -16,11 +18,14 @@ use crate::uapi::kvm::{
     KVM_CAP_NR_MEMSLOTS, KVM_CHECK_EXTENSION, KVM_SET_MEMORY_ATTRIBUTES, KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use crate::uapi::kvm_x86::{KVM_TDX_FINALIZE_VM, KVM_TDX_INIT_VM};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use libc::Ioctl;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// `KVM_GET_DIRTY_LOG`.
 const KVM_GET_DIRTY_LOG: Ioctl = libc::_IOW::<kvm_dirty_log>(0xae, 0x42);
@@ -36,7 +41,24 @@ pub(super) struct KvmVm {
     kvm: Arc<Kvm>,
     first_reserved_slot: u32,
     payload: Option<Arc<Payload>>,
+    td: Td,
 }
+
+/// What only a TD has.
+#[derive(Default)]
+struct Td {
+    /// The private memory of the payload.
+    memory: Option<Arc<dyn GuestMemfd>>,
+    /// vCPUs that were created before the TD was finalised and that no test has asked for yet.
+    vcpus: Mutex<BTreeMap<u32, VcpuFd>>,
+    /// The bit that makes an address a shared one; 0 on other VMs.
+    shared_bit: AtomicU64,
+}
+
+/// The SHARED bit of a TD with four levels of S-EPT.
+const SHARED_BIT: u64 = 1 << (GPAW_48 - 1);
+/// The SHARED bit of a TD with five.
+const SHARED_BIT_WIDE: u64 = 1 << 51;
 
 /// KVM_CREATE_VM.
 pub(super) fn create_vm_fd(kvm: &Kvm, vm_type: u64) -> Result<VmFd, Errno> {
@@ -48,14 +70,25 @@ impl KvmVm {
     pub(super) fn create(kvm: &Arc<Kvm>, vm_type: VmType, config: VmConfig) -> Result<KvmVm, Errno> {
         let fd = create_vm_fd(kvm, vm_type.number())?;
         let nr_memslots = ioctl::with_value(&fd, KVM_CHECK_EXTENSION, u64::from(KVM_CAP_NR_MEMSLOTS))? as u32;
-        let (first_reserved_slot, payload) = match config {
-            VmConfig::Bare => (nr_memslots, None),
-            VmConfig::Payload { vcpus } => {
-                let slot = nr_memslots - 1;
-                (slot, Some(Arc::new(Payload::install(kvm, &fd, slot, vcpus)?)))
+        let mut td = Td::default();
+        if vm_type == VmType::Tdx {
+            *td.shared_bit.get_mut() = SHARED_BIT;
+        }
+        let slot = nr_memslots - 1;
+        let (first_reserved_slot, payload) = match config.payload_vcpus() {
+            None => (nr_memslots, None),
+            Some(vcpus) if vm_type == VmType::Tdx => {
+                let guest = tdx::build(kvm, &fd, slot, vcpus)?;
+                if matches!(config, VmConfig::Payload { .. }) {
+                    tdx::issue(&fd, TdxCommand::new(KVM_TDX_FINALIZE_VM, TdxData::Value(0))).result?;
+                }
+                td.memory = Some(guest.memory);
+                td.vcpus = Mutex::new(guest.vcpus);
+                (slot, Some(guest.payload))
             }
+            Some(vcpus) => (slot, Some(Arc::new(Payload::install(kvm, &fd, slot, vcpus)?))),
         };
-        Ok(KvmVm { fd, kvm: Arc::clone(kvm), first_reserved_slot, payload })
+        Ok(KvmVm { fd, kvm: Arc::clone(kvm), first_reserved_slot, payload, td })
     }
 
     /// Issues a memory region ioctl with the file that the region names.
@@ -153,7 +186,11 @@ impl Vm for KvmVm {
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, Errno> {
-        Ok(Box::new(KvmVcpu::create(&self.fd, id, self.payload.clone())?))
+        let waiting = self.td.vcpus.lock().expect("no holder of this lock panics").remove(&id);
+        Ok(Box::new(match waiting {
+            Some(fd) => KvmVcpu::of_td(fd, id, self.payload.clone(), self.td.memory.clone()),
+            None => KvmVcpu::create(&self.fd, id, self.payload.clone())?,
+        }))
     }
 
     fn statistic(&self, name: &str) -> Result<u64, Errno> {
@@ -164,7 +201,35 @@ impl Vm for KvmVm {
         self.first_reserved_slot
     }
 
+    fn shared_bit(&self) -> u64 {
+        self.td.shared_bit.load(Ordering::SeqCst)
+    }
+
+    fn tdx(&self) -> Option<&dyn TdxVm> {
+        Some(self)
+    }
+
     fn raw_fd(&self) -> Option<RawFd> {
         Some(self.fd.as_raw_fd())
     }
+}
+
+impl TdxVm for KvmVm {
+    fn command(&self, command: TdxCommand<'_>) -> TdxAnswer {
+        let wide = matches!(&command.data, TdxData::InitVm(init) if command.id == KVM_TDX_INIT_VM && is_wide(init));
+        let answer = tdx::issue(&self.fd, command);
+        if wide && answer.result.is_ok() {
+            self.td.shared_bit.store(SHARED_BIT_WIDE, Ordering::SeqCst);
+        }
+        answer
+    }
+
+    fn unreadable_command(&self) -> Result<(), Errno> {
+        tdx::issue_unreadable(&self.fd)
+    }
+}
+
+/// Whether a TD is asked for with 52 bits of guest-physical addresses: CPUID 0x80000008, EAX\[23:16\].
+fn is_wide(init: &TdxInitVm) -> bool {
+    init.entries.iter().any(|entry| entry.function == 0x8000_0008 && entry.eax >> 16 & 0xff == 52)
 }

@@ -18,6 +18,8 @@ mod gmem;
 mod host;
 mod module;
 mod spec;
+mod tdx;
+pub mod tdx_cpuid;
 mod vcpu;
 mod vm;
 
@@ -28,6 +30,9 @@ pub use host::{HoldKind, HostFault, HostMemory, Mapping};
 pub use module::{FaultEffect, FaultWhen, ModuleCall, ModuleFault, PageOwner, TdxModule};
 pub use nix::errno::Errno;
 pub use spec::{Family, MachineSpec, Release, SpecError, VmType};
+pub use tdx::{
+    CpuidEntry, TdxAnswer, TdxCapabilities, TdxCommand, TdxCpuid, TdxData, TdxInitVm, TdxVcpu, TdxVm,
+};
 pub use vcpu::{Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
 pub use vm::{GmemBinding, MemoryAttributes, MemoryRegion, RegionFile, Vm, VmConfig};
 
@@ -79,6 +84,11 @@ pub trait Machine: Send + Sync {
     /// The references to the page at byte `offset` of a guest_memfd; `None` where no page is allocated. Machines without
     /// [`Facility::PageAccount`] answer ENOSYS.
     fn page_account(&self, _file: &dyn GuestMemfd, _offset: u64) -> Result<Option<PageAccount>, Errno> {
+        Err(Errno::ENOSYS)
+    }
+
+    /// KVM_GET_SUPPORTED_CPUID: what a guest may be shown. Machines without vCPUs of their own kind answer ENOSYS.
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Errno> {
         Err(Errno::ENOSYS)
     }
 

@@ -1,6 +1,6 @@
 //! A vCPU: guest operations in, exits out.
 
-use super::Errno;
+use super::{Errno, TdxVcpu};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -265,6 +265,11 @@ pub trait Vcpu: Send {
 
     /// A handle for other threads.
     fn control(&self) -> Arc<dyn VcpuControl>;
+
+    /// The TDX sub-commands of KVM_MEMORY_ENCRYPT_OP, on machines that know them.
+    fn tdx(&mut self) -> Option<&mut dyn TdxVcpu> {
+        None
+    }
 
     /// One vCPU statistic of KVM_GET_STATS_FD by name, `pf_fixed` for example.
     fn statistic(&self, name: &str) -> Result<u64, Errno>;

@@ -1,6 +1,6 @@
 //! A VM: capabilities, guest_memfds, memory regions, memory attributes, vCPUs.
 
-use super::{Errno, GuestMemfd, Vcpu};
+use super::{Errno, GuestMemfd, TdxVm, Vcpu};
 use std::sync::Arc;
 
 /// What [`super::Machine::create_vm`] sets up besides the VM itself.
@@ -14,6 +14,22 @@ pub enum VmConfig {
         /// How many vCPUs may be created, with ids from 0.
         vcpus: u32,
     },
+    /// The same, but KVM_TDX_FINALIZE_VM is left to the test, which can add memory before. Of a VM that is no TD nothing
+    /// is left out.
+    PayloadUnfinalized {
+        /// How many vCPUs may be created, with ids from 0.
+        vcpus: u32,
+    },
+}
+
+impl VmConfig {
+    /// How many vCPUs the payload serves; `None` without it.
+    pub fn payload_vcpus(self) -> Option<u32> {
+        match self {
+            VmConfig::Bare => None,
+            VmConfig::Payload { vcpus } | VmConfig::PayloadUnfinalized { vcpus } => Some(vcpus),
+        }
+    }
 }
 
 /// The file that a memory region names in its `guest_memfd` field.
@@ -142,6 +158,11 @@ pub trait Vm: Send + Sync {
     /// The bit that makes a guest-physical address of a TD a shared one; 0 where the attribute alone decides.
     fn shared_bit(&self) -> u64 {
         0
+    }
+
+    /// The TDX sub-commands of KVM_MEMORY_ENCRYPT_OP, on machines that know them.
+    fn tdx(&self) -> Option<&dyn TdxVm> {
+        None
     }
 
     /// The raw descriptor, on machines where a VM is one.

@@ -12,6 +12,7 @@
 //! | `linux/magic.h` | [`magic`] |
 //! | `mm/gup_test.h` (not installed) | [`gup_test`] |
 //! | `asm/shared/tdx.h` and Intel's GHCI (not installed) | [`tdvmcall`] |
+//! | `asm/shared/tdx_errno.h` (not installed) | [`tdx_status`] |
 
 pub mod gup_test;
 pub mod kvm;
@@ -19,5 +20,6 @@ pub mod kvm_para;
 pub mod kvm_x86;
 pub mod magic;
 pub mod tdvmcall;
+pub mod tdx_status;
 
 pub use kvm_bindings as bindings;

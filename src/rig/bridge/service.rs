@@ -277,7 +277,7 @@ impl Service {
                     return Ok(Some(*exit));
                 }
                 Err((Stop::Lost(error), _)) => return Err(error.to_string()),
-                Err((Stop::Exception(_) | Stop::Emulated, _)) => return Err("a guest's exception went astray".to_owned()),
+                Err((Stop::Exception(_), _)) => return Err("a guest's exception went astray".to_owned()),
             }
         }
         Ok(None)

@@ -28,6 +28,8 @@ const TD_MAILBOX: u64 = 0x20_0000;
 const SHARED: u64 = 1 << 47;
 /// SHARED_EPT_POINTER as Linux names it.
 const SHARED_EPT_POINTER: u64 = 0x203C;
+/// The management field of an NMI to inject.
+const PEND_NMI: u64 = 0x20 << 56 | 11;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Kernel {
@@ -152,7 +154,7 @@ impl Kernel {
             self.must(Leaf::MngAddcx, &[(Reg::Rcx, page), (Reg::Rdx, tdr)]);
         }
         let params = 0x30_2000;
-        for (offset, word) in [(0, 0), (8, 3), (16, 2), (24, 0x1e), (40, 100)] {
+        for (offset, word) in [(0, 1 << 28), (8, 3), (16, 2), (24, 0x1e), (40, 100)] {
             self.set(params + offset, word);
         }
         self.must(Leaf::MngInit, &[(Reg::Rcx, tdr), (Reg::Rdx, params)]);
@@ -231,6 +233,16 @@ fn a_td_runs_the_payload_with_the_exits_of_the_real_thing() {
     assert_eq!((exit.rax, exit.rcx & 7, exit.r8), (48, 1, 0x1000), "{exit:?}");
     let (page, tdr) = (kernel.page(), kernel.tdr);
     kernel.must(Leaf::MemPageAug, &[(Reg::Rcx, 0x1000), (Reg::Rdx, tdr), (Reg::R8, page)]);
+    // SEPT_VE_DISABLE: a page that was not accepted is an exit of its own type.
+    let exit = kernel.enter();
+    assert_eq!((exit.rax, exit.rdx & 15, exit.r8), (48, 6, 0x1000), "{exit:?}");
+    // An NMI takes the payload out of the store, to its next command.
+    let nmi = [(Reg::Rcx, kernel.tdvpr), (Reg::Rdx, PEND_NMI), (Reg::R8, 1), (Reg::R9, u64::MAX)];
+    kernel.must(Leaf::VpWr, &nmi);
+    assert_eq!((kernel.report().0, kernel.get(TD_MAILBOX + word::VECTOR)), (status::EXCEPTION, 2));
+    kernel.post(command::ACCEPT, 0x1000, 4096, 0);
+    assert_eq!(kernel.report(), (status::DONE, 0));
+    kernel.post(command::WRITE, 0x1004, 8, 0x1122_3344_5566_7788);
     assert_eq!(kernel.report(), (status::DONE, 0));
     kernel.post(command::READ, 0x1000, 8, 0);
     assert_eq!(kernel.report(), (status::DONE, 0x5566_7788_0000_0000));

@@ -42,6 +42,9 @@ pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Avai
         Facility::Kcore => not_modelled("the model's reference counts are read directly"),
         Facility::GupTest => not_modelled("debugfs is not modelled"),
         Facility::MemoryCgroup => not_modelled("memory cgroups are not modelled"),
+        Facility::Tdx if vm_type != VmType::Tdx => {
+            Availability::absent(SkipKind::Declined, format!("a {} VM is no TD", vm_type.name()), "sim:tdx")
+        }
         Facility::ModuleInjection if vm_type != VmType::Tdx => {
             Availability::absent(SkipKind::Declined, "there is no TDX module under this machine", "sim:tdx")
         }

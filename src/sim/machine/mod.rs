@@ -18,7 +18,7 @@ use super::host::Flags;
 use super::mmu::capabilities::capability;
 use super::{FrameModel, Profile, World};
 use crate::machine::{
-    Availability, Errno, Facility, Family, GuestMemfd, HostMemory, Machine, MachineSpec, Mapping, PAGE_SIZE,
+    Availability, CpuidEntry, Errno, Facility, Family, GuestMemfd, HostMemory, Machine, MachineSpec, Mapping, PAGE_SIZE,
     PageAccount, Release, SpecError, TdxModule, Vm, VmConfig, VmType,
 };
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -121,6 +121,21 @@ impl Machine for SimMachine {
     fn host_memory(&self, kind: HostMemory, len: u64) -> Result<Box<dyn Mapping>, Errno> {
         let addr = self.shared.with(|world| world.map_host_memory(kind, len))?;
         Ok(mapping::SimMapping::boxed(&self.shared, addr, len))
+    }
+
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Errno> {
+        // What a TD's CPUID can be made of: everything, with the leaves that KVM itself looks at.
+        let all = |function: u32, index: u32, flags: u32| CpuidEntry {
+            function,
+            index,
+            flags,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        };
+        Ok(vec![all(1, 0, 0), all(7, 0, 1), all(0xd, 1, 1), all(0x8000_0008, 0, 0)])
     }
 
     fn page_flags(&self, frame: u64) -> Result<u64, Errno> {

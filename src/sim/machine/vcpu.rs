@@ -3,7 +3,9 @@
 use super::super::mmu::VmId;
 use super::Shared;
 use super::exec::{Operation, Step};
-use crate::machine::{Errno, Exit, GuestOp, PreFault, Reply, Vcpu, VcpuControl};
+use crate::machine::{
+    CpuidEntry, Errno, Exit, GuestOp, PreFault, Reply, TdxAnswer, TdxCommand, TdxVcpu, Vcpu, VcpuControl, VmType,
+};
 use crate::uapi::kvm::KVM_INTERNAL_ERROR_EMULATION;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -60,6 +62,9 @@ impl SimVcpu {
             if self.control.kick.swap(false, Ordering::SeqCst) {
                 self.reason = EXIT_INTR;
                 return Exit::Failed { errno: Errno::EINTR, reason: EXIT_INTR };
+            }
+            if self.shared.with(|world| world.td_cannot_run(self.vm, self.id)) {
+                return Exit::Failed { errno: Errno::EINVAL, reason: self.reason };
             }
             let Some(operation) = &mut self.operation else {
                 return Exit::InternalError { suberror: KVM_INTERNAL_ERROR_EMULATION, data: Vec::new() };
@@ -121,6 +126,10 @@ impl Vcpu for SimVcpu {
         self.control.clone()
     }
 
+    fn tdx(&mut self) -> Option<&mut dyn TdxVcpu> {
+        Some(self)
+    }
+
     fn statistic(&self, name: &str) -> Result<u64, Errno> {
         self.shared.with(|world| {
             let stats = *world.live_vm(self.vm)?.vcpus.get(&self.id).ok_or(Errno::ENOENT)?;
@@ -135,5 +144,22 @@ impl Vcpu for SimVcpu {
                 _ => Err(Errno::ENOENT),
             }
         })
+    }
+}
+
+impl TdxVcpu for SimVcpu {
+    fn command(&mut self, command: TdxCommand<'_>) -> TdxAnswer {
+        self.shared.with(|world| world.tdx_vcpu_command(self.vm, self.id, command))
+    }
+
+    fn unreadable_command(&mut self) -> Result<(), Errno> {
+        self.shared.with(|world| match world.live_vm(self.vm)?.vm_type {
+            VmType::Tdx => Err(Errno::EFAULT),
+            _ => Err(Errno::EINVAL),
+        })
+    }
+
+    fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), Errno> {
+        self.shared.with(|world| world.set_cpuid(self.vm, self.id, entries))
     }
 }

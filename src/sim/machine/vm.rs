@@ -7,7 +7,10 @@ use super::super::mmu::{Region, RegionTarget, VmId};
 use super::Shared;
 use super::gmem::SimGmem;
 use super::vcpu::SimVcpu;
-use crate::machine::{Errno, GuestMemfd, MemoryAttributes, MemoryRegion, RegionFile, Vcpu, Vm, VmConfig, VmType};
+use crate::machine::{
+    Errno, GuestMemfd, MemoryAttributes, MemoryRegion, RegionFile, TdxAnswer, TdxCommand, TdxVm, Vcpu, Vm, VmConfig,
+    VmType,
+};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -26,10 +29,13 @@ impl SimVm {
     pub(super) fn create(shared: &Arc<Shared>, vm_type: VmType, config: VmConfig) -> Result<Arc<dyn Vm>, Errno> {
         let id = shared.with(|world| {
             let id = world.create_vm(vm_type)?;
-            if let (VmConfig::Payload { vcpus }, Some(vm)) = (config, world.vms.get_mut(&id)) {
+            if let (Some(vcpus), Some(vm)) = (config.payload_vcpus(), world.vms.get_mut(&id)) {
                 vm.payload_vcpus = Some(vcpus);
                 if vm_type == VmType::Tdx {
-                    let built = world.tdx_build(id, vcpus);
+                    let mut built = world.tdx_build(id, vcpus);
+                    if matches!(config, VmConfig::Payload { .. }) {
+                        built = built.and_then(|()| world.tdx_finalize(id).result);
+                    }
                     if let Err(errno) = built {
                         world.close_vm(id);
                         return Err(errno);
@@ -124,7 +130,24 @@ impl Vm for SimVm {
         if is_td { SHARED_BIT } else { 0 }
     }
 
+    fn tdx(&self) -> Option<&dyn TdxVm> {
+        Some(self)
+    }
+
     fn raw_fd(&self) -> Option<RawFd> {
         None
+    }
+}
+
+impl TdxVm for SimVm {
+    fn command(&self, command: TdxCommand<'_>) -> TdxAnswer {
+        self.shared.with(|world| world.tdx_vm_command(self.id, command))
+    }
+
+    fn unreadable_command(&self) -> Result<(), Errno> {
+        self.shared.with(|world| match world.live_vm(self.id)?.vm_type {
+            VmType::Tdx => Err(Errno::EFAULT),
+            _ => Err(Errno::ENOTTY),
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! A VM: what keeps it alive, whether it is dead, and its state.
 
 use super::super::{RangeMap, World};
-use super::tdx::Td;
+use super::tdx::{Td, TdState};
 use super::{Root, Slots};
 use crate::machine::{Errno, VmType};
 use std::collections::{BTreeMap, BTreeSet};
@@ -150,14 +150,22 @@ impl World {
     /// KVM_CREATE_VCPU.
     ///
     /// # Errors
-    /// EIO (a TD: unless its vCPUs were made when it was built), EINVAL for an id above the limit, EEXIST.
+    /// EIO, EINVAL for an id above the limit, EEXIST. A TD: EIO unless it is exactly INITIALIZED (the payload's vCPUs were
+    /// made before it was finalised, and are handed out once), then EINVAL without a split irqchip.
     pub fn create_vcpu(&mut self, id: VmId, vcpu: u32) -> Result<(), Errno> {
         let vm = self.live_vm(id)?;
         if vcpu >= 4096 {
             return Err(Errno::EINVAL);
         }
-        if vm.has_mirror() && vm.td.as_ref().is_none_or(|td| !td.vcpus.contains_key(&vcpu)) {
-            return Err(Errno::EIO);
+        if vm.has_mirror() {
+            let td = vm.td.as_ref().ok_or(Errno::EIO)?;
+            let waits = vm.payload_vcpus.is_some() && td.vcpus.contains_key(&vcpu) && !vm.vcpu_ids.contains(&vcpu);
+            if !waits && td.state != TdState::Initialized {
+                return Err(Errno::EIO);
+            }
+            if !vm.split_irqchip {
+                return Err(Errno::EINVAL);
+            }
         }
         if vm.vcpu_ids.contains(&vcpu) {
             return Err(Errno::EEXIST);

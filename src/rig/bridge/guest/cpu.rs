@@ -1,15 +1,17 @@
 //! The instructions of a guest on a logical processor of the module.
 
 use crate::guest::layout;
-use crate::sim::tdx_module::guest::{GuestException, GuestOutcome, TdExit, exit_reason};
-use crate::sim::tdx_module::{Code, LpError, LpId, Module, Regs, Status, TdcallLeaf};
+use crate::sim::tdx_module::guest::{GuestException, GuestOutcome, TdExit};
+use crate::sim::tdx_module::{LpError, LpId, Module, Regs, TdcallLeaf};
 
 /// #DF.
 const VECTOR_DF: u64 = 8;
 /// #PF.
 const VECTOR_PF: u64 = 14;
 /// #VE.
-const VECTOR_VE: u64 = 20;
+pub const VECTOR_VE: u64 = 20;
+/// NMI.
+pub const VECTOR_NMI: u64 = 2;
 /// Error code of #PF: present, by CPL 3, a reserved bit.
 const RESERVED_BIT: u64 = 0xd;
 
@@ -31,8 +33,6 @@ pub enum Stop {
     Exit(Box<TdExit>),
     /// An exception.
     Exception(Exception),
-    /// #VE for a shared address that the host emulates.
-    Emulated,
     /// The module has no guest on this processor: a defect of this program.
     Lost(LpError),
 }
@@ -85,9 +85,6 @@ impl<'m> Cpu<'m> {
             GuestOutcome::Tdcall(status) => Ok(status.0),
             GuestOutcome::Exit(exit) => Err(Stop::Exit(Box::new(exit))),
             GuestOutcome::Held => Err(Stop::Lost(LpError::HoldsLeaf(self.lp))),
-            GuestOutcome::Exception(GuestException::Ve(info)) if info.exit_reason == exit_reason::EPT_VIOLATION => {
-                self.virtualization_exception(info.gpa)
-            }
             GuestOutcome::Exception(exception) => {
                 let (vector, error) = match exception {
                     GuestException::Ve(_) => (VECTOR_VE, 0),
@@ -100,43 +97,14 @@ impl<'m> Cpu<'m> {
         }
     }
 
-    /// The handler of #VE for an EPT violation: it takes the information; a private page it accepts, and goes back to the
-    /// instruction; a shared address it asks the host to emulate.
-    fn virtualization_exception(&mut self, gpa: u64) -> Done<u64> {
-        let mut regs = Regs { rax: u64::from(TdcallLeaf::VpVeinfoGet.number()), ..Regs::default() };
-        self.module.tdcall(self.lp, &mut regs)?;
-        if gpa & self.shared_bit != 0 {
-            return Err(Stop::Emulated);
-        }
-        let status = Status(self.accept(gpa & !0xfff, 0)?);
-        if status.is_zero() || status.is(Code::PageAlreadyAccepted) || status.is(Code::OperandBusy) {
-            // The caller executes the instruction again.
-            return Err(Stop::Exception(Exception { vector: RESTART, error: 0, cr2: 0 }));
-        }
-        Err(Stop::Exception(Exception { vector: VECTOR_VE, error: 0, cr2: 0 }))
-    }
-
-    fn again<T>(&mut self, mut instruction: impl FnMut(&mut Self) -> Done<T>) -> Done<T> {
-        loop {
-            match instruction(self) {
-                Err(Stop::Exception(Exception { vector: RESTART, .. })) => {}
-                other => return other,
-            }
-        }
-    }
-
     fn word(&mut self, gpa: u64) -> Done<u64> {
-        self.again(|cpu| {
-            let outcome = cpu.module.guest_read(cpu.lp, gpa)?;
-            cpu.value(gpa, outcome)
-        })
+        let outcome = self.module.guest_read(self.lp, gpa)?;
+        self.value(gpa, outcome)
     }
 
     fn set_word(&mut self, gpa: u64, value: u64, mask: u64) -> Done<()> {
-        self.again(|cpu| {
-            let outcome = cpu.module.guest_write_masked(cpu.lp, gpa, value, mask)?;
-            cpu.value(gpa, outcome).map(drop)
-        })
+        let outcome = self.module.guest_write_masked(self.lp, gpa, value, mask)?;
+        self.value(gpa, outcome).map(drop)
     }
 
     /// Loads up to 8 bytes.
@@ -164,16 +132,26 @@ impl<'m> Cpu<'m> {
 
     /// Fetches at an address; nothing is executed.
     pub fn fetch(&mut self, gpa: u64) -> Done<()> {
-        self.again(|cpu| {
-            let outcome = cpu.module.guest_fetch(cpu.lp, gpa)?;
-            cpu.value(gpa, outcome).map(drop)
-        })
+        let outcome = self.module.guest_fetch(self.lp, gpa)?;
+        self.value(gpa, outcome).map(drop)
     }
 
     /// TDG.MEM.PAGE.ACCEPT; the answer is its status.
     pub fn accept(&mut self, gpa: u64, level: u8) -> Done<u64> {
         let outcome = self.module.guest_accept(self.lp, gpa, level)?;
         self.value(gpa, outcome)
+    }
+
+    /// TDG.VP.VEINFO.GET, for its effect: the next #VE is one.
+    pub fn take_ve_info(&mut self) -> Done<()> {
+        let mut regs = Regs { rax: u64::from(TdcallLeaf::VpVeinfoGet.number()), ..Regs::default() };
+        self.module.tdcall(self.lp, &mut regs)?;
+        Ok(())
+    }
+
+    /// Whether the vCPU takes an NMI now.
+    pub fn takes_nmi(&mut self) -> Done<bool> {
+        Ok(self.module.guest_takes_nmi(self.lp)?)
     }
 
     /// TDG.VP.VMCALL; the exit it ends in, or the exception or status where it does not.
@@ -194,6 +172,3 @@ impl<'m> Cpu<'m> {
         }
     }
 }
-
-/// No vector of the architecture: the instruction is to be executed again.
-const RESTART: u64 = u64::MAX;

@@ -8,14 +8,12 @@ use crate::uapi::tdvmcall::MAP_GPA;
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
-/// VMX exit reasons that are TDVMCALL leaves.
+/// VMX exit reason of HLT, and its TDVMCALL leaf.
 const HLT: u64 = 12;
-const EPT_VIOLATION: u64 = 48;
-/// #BP, #UD, #GP, #VE.
+/// #BP, #UD, #GP.
 const VECTOR_BP: u64 = 3;
 const VECTOR_UD: u64 = 6;
 const VECTOR_GP: u64 = 13;
-const VECTOR_VE: u64 = 20;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,11 +73,11 @@ impl Operation {
         match self.command {
             command::READ => {
                 let size = access_size(self.len);
-                done(self.load(cpu, self.gpa, size)?)
+                done(cpu.load(self.gpa, size)?)
             }
             command::WRITE => {
                 let size = access_size(self.len);
-                self.store(cpu, self.gpa, size, self.value)?;
+                cpu.store(self.gpa, size, self.value)?;
                 done(0)
             }
             command::FILL => self.fill(cpu),
@@ -100,72 +98,17 @@ impl Operation {
         (at, (PAGE - at % PAGE).min(self.len - self.done))
     }
 
-    /// TDVMCALL of MMIO, after the #VE of an access.
-    fn emulate(&mut self, cpu: &mut Cpu<'_>, gpa: u64, size: u64, write: Option<u64>) -> Stop {
-        self.wait = Wait::Answer;
-        let (r13, r15) = (u64::from(write.is_some()), write.unwrap_or(0));
-        cpu.vmcall(Regs { rcx: 0xfc00, r11: EPT_VIOLATION, r12: size, r13, r14: gpa, r15, ..Regs::default() })
-    }
-
-    /// The answer to a TDVMCALL of MMIO, if one is waited for.
-    fn emulated(&mut self, cpu: &Cpu<'_>) -> Option<Done<u64>> {
-        if self.wait != Wait::Answer {
-            return None;
-        }
-        self.wait = Wait::Nothing;
-        let regs = cpu.registers();
-        Some(match regs.r10 {
-            0 => Ok(regs.r11),
-            _ => Err(Stop::Exception(Exception { vector: VECTOR_VE, error: 0, cr2: 0 })),
-        })
-    }
-
-    fn load(&mut self, cpu: &mut Cpu<'_>, gpa: u64, size: u64) -> Done<u64> {
-        if let Some(answer) = self.emulated(cpu) {
-            return answer.map(|value| if size >= 8 { value } else { value & ((1 << (8 * size)) - 1) });
-        }
-        match cpu.load(gpa, size) {
-            Err(Stop::Emulated) => Err(self.emulate(cpu, gpa, size, None)),
-            other => other,
-        }
-    }
-
-    fn store(&mut self, cpu: &mut Cpu<'_>, gpa: u64, size: u64, value: u64) -> Done<()> {
-        if let Some(answer) = self.emulated(cpu) {
-            return answer.map(drop);
-        }
-        match cpu.store(gpa, size, value) {
-            Err(Stop::Emulated) => {
-                let value = if size >= 8 { value } else { value & ((1 << (8 * size)) - 1) };
-                Err(self.emulate(cpu, gpa, size, Some(value)))
-            }
-            other => other,
-        }
-    }
-
     fn fill(&mut self, cpu: &mut Cpu<'_>) -> Done<Option<Outcome>> {
         if self.done >= self.len {
             return Ok(Some(Outcome::Done(0)));
         }
-        let (at, len) = self.piece();
+        let (mut at, len) = self.piece();
         let end = self.done + len;
-        let mut at = at;
         while self.done < end {
-            let left = end - self.done;
-            // A store that the host emulates is one of a byte, as the instruction makes it.
-            let size = if at.is_multiple_of(8) && left >= 8 && self.wait == Wait::Nothing { 8 } else { 1 };
-            let stored = match cpu_store(cpu, self.wait, at, size, self.value) {
-                Some(Err(Stop::Emulated)) | None => {
-                    self.store(cpu, at, 1, self.value)?;
-                    1
-                }
-                Some(result) => {
-                    result?;
-                    size
-                }
-            };
-            self.done += stored;
-            at += stored;
+            let size = (8 - at % 8).min(end - self.done);
+            cpu.store(at, size, self.value)?;
+            self.done += size;
+            at += size;
         }
         Ok(None)
     }
@@ -179,7 +122,7 @@ impl Operation {
         let mut at = at;
         while self.done < end {
             let size = (8 - at % 8).min(end - self.done);
-            let found = self.load(cpu, at, size)?;
+            let found = cpu.load(at, size)?;
             let wanted = self.value;
             for byte in 0..size {
                 let (is, should) = ((found >> (8 * byte)) as u8, wanted as u8);
@@ -197,13 +140,13 @@ impl Operation {
         if self.done >= self.len {
             return Ok(Some(Outcome::Done(self.len.div_ceil(PAGE))));
         }
-        self.load(cpu, self.gpa + self.done, 8)?;
+        cpu.load(self.gpa + self.done, 8)?;
         self.done += PAGE;
         Ok(None)
     }
 
     fn read_while(&mut self, cpu: &mut Cpu<'_>, mailbox: u64) -> Done<Option<Outcome>> {
-        let value = self.load(cpu, self.gpa, 8)?;
+        let value = cpu.load(self.gpa, 8)?;
         let stop = cpu.load(mailbox + word::STOP, 8)?;
         let iterations = cpu.load(mailbox + word::ITERATIONS, 8)?;
         cpu.store(mailbox + word::ITERATIONS, 8, iterations.wrapping_add(1))?;
@@ -213,7 +156,7 @@ impl Operation {
 
     fn write_until_stopped(&mut self, cpu: &mut Cpu<'_>, mailbox: u64) -> Done<Option<Outcome>> {
         let next = self.done + 1;
-        self.store(cpu, self.gpa, 8, next)?;
+        cpu.store(self.gpa, 8, next)?;
         let stop = cpu.load(mailbox + word::STOP, 8)?;
         cpu.store(mailbox + word::ITERATIONS, 8, next)?;
         self.done = next;
@@ -276,9 +219,4 @@ impl Operation {
             }
         }
     }
-}
-
-/// A store of more than a byte, unless one of a byte is waited for.
-fn cpu_store(cpu: &mut Cpu<'_>, wait: Wait, at: u64, size: u64, value: u64) -> Option<Done<()>> {
-    (wait == Wait::Nothing).then(|| cpu.store(at, size, value))
 }

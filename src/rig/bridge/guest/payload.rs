@@ -1,6 +1,6 @@
 //! The payload's life: start, commands from the mailbox, results, reports.
 
-use super::cpu::{Cpu, Done, Exception, Stop};
+use super::cpu::{Cpu, Done, Exception, Stop, VECTOR_NMI, VECTOR_VE};
 use super::operation::{Operation, Outcome};
 use crate::guest::mailbox::{command, status, word};
 use crate::guest::{BootParameter, image, layout};
@@ -52,12 +52,20 @@ impl Default for Payload {
 impl Payload {
     /// Executes a little. `Err` gives the processor back to the host, with a remark where a person should know.
     pub fn step(&mut self, cpu: &mut Cpu<'_>) -> Result<(), (Stop, Option<String>)> {
-        match self.advance(cpu) {
+        match self.take_nmi(cpu).and_then(|()| self.advance(cpu)) {
             Ok(()) => Ok(()),
             Err(Stop::Exception(exception)) => self.exception(cpu, exception),
-            Err(Stop::Emulated) => Err(self.dead(cpu, "a device where its own memory should be".to_owned())),
             Err(stop) => Err((stop, None)),
         }
+    }
+
+    /// An NMI comes between two instructions, once the payload has its handlers.
+    fn take_nmi(&mut self, cpu: &mut Cpu<'_>) -> Done<()> {
+        let ready = matches!(self.at, At::Command | At::Operate(_) | At::Finish(..) | At::Report);
+        if ready && cpu.takes_nmi()? {
+            return Err(Stop::Exception(Exception { vector: VECTOR_NMI, error: 0, cr2: 0 }));
+        }
+        Ok(())
     }
 
     fn dead(&self, cpu: &mut Cpu<'_>, why: String) -> (Stop, Option<String>) {
@@ -66,9 +74,13 @@ impl Payload {
 
     /// The payload reports the exceptions of its commands; any other ends it.
     fn exception(&mut self, cpu: &mut Cpu<'_>, exception: Exception) -> Result<(), (Stop, Option<String>)> {
-        if !matches!(self.at, At::Operate(_)) {
+        let nmi = exception.vector == VECTOR_NMI;
+        if !nmi && !matches!(self.at, At::Operate(_)) {
             let why = format!("exception {} in the payload's own memory", exception.vector);
             return Err(self.dead(cpu, why));
+        }
+        if exception.vector == VECTOR_VE {
+            cpu.take_ve_info().map_err(|stop| (stop, None))?;
         }
         self.at = At::Finish(
             vec![

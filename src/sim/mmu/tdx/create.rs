@@ -2,7 +2,8 @@
 
 use super::boot::{HOST_LP, PARAMS};
 use super::{Td, TdState, TdVcpu};
-use crate::machine::{Errno, PAGE_SIZE};
+use crate::guest::BootParameter;
+use crate::machine::{Errno, PAGE_SIZE, TdxAnswer};
 use crate::sim::World;
 use crate::sim::host::{Holder, Order, Pfn};
 use crate::sim::mmu::VmId;
@@ -10,18 +11,34 @@ use crate::sim::profile::PendingAccess;
 use crate::sim::tdx_module::td::{ATTR_SEPT_VE_DISABLE, TDCS_PAGES};
 use crate::sim::tdx_module::vcpu::TDVPS_PAGES;
 use crate::sim::tdx_module::{Code, Leaf, Reg, Status};
-use std::collections::BTreeMap;
+use crate::uapi::tdx_status::TdxStatus;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What KVM_TDX_INIT_VM asks for, checked.
+#[derive(Clone, Debug)]
+pub struct TdConfig {
+    /// TD attributes.
+    pub attributes: u64,
+    /// XFAM.
+    pub xfam: u64,
+    /// Values of the configurable CPUID leaves.
+    pub cpuid: Vec<[u32; 4]>,
+    /// MRCONFIGID, MROWNER and MROWNERCONFIG.
+    pub measurements: [[u64; 6]; 3],
+}
 
 impl World {
-    /// KVM_TDX_INIT_VM: a key id, the control structure, the keys.
+    /// KVM_TDX_INIT_VM of a VM that is no TD yet: a key id, the control structure, the keys.
     ///
-    /// # Errors
-    /// EINVAL for a second call, ENOSPC without a free key id, ENOMEM, EAGAIN without entropy, EIO after any other
-    /// SEAMCALL failure, with the VM bugged.
-    pub fn tdx_init_vm(&mut self, vm: VmId) -> Result<(), Errno> {
-        if self.live_vm(vm)?.td.is_some() {
-            return Err(Errno::EINVAL);
-        }
+    /// Fails with ENOSPC without a free key id, ENOMEM, EAGAIN without entropy, EINVAL and the module's status where that
+    /// finds an operand invalid, EIO after any other SEAMCALL failure, with the VM bugged.
+    pub fn tdx_init_vm(&mut self, vm: VmId, config: &TdConfig) -> TdxAnswer {
+        let mut hw_error = 0;
+        let result = self.td_init(vm, config, &mut hw_error);
+        TdxAnswer { result, hw_error: TdxStatus(hw_error) }
+    }
+
+    fn td_init(&mut self, vm: VmId, config: &TdConfig, hw_error: &mut u64) -> Result<(), Errno> {
         let hkid = self.tdx_host().free_hkids.pop().ok_or(Errno::ENOSPC)?;
         let tdr = match self.control_page() {
             Ok(tdr) => tdr,
@@ -45,19 +62,26 @@ impl World {
             tdcs: Vec::new(),
             state: TdState::Initialized,
             tables: BTreeMap::new(),
+            x2apic: BTreeSet::new(),
             vcpus: BTreeMap::new(),
         };
         if let Some(state) = self.vms.get_mut(&vm) {
             state.td = Some(td);
         }
-        let built = self.build_tdcs(vm, tdr_pa);
+        let built = self.build_tdcs(vm, tdr_pa, config, hw_error);
         if built.is_err() {
             self.tdx_destroy(vm);
         }
         built
     }
 
-    fn build_tdcs(&mut self, vm: VmId, tdr_pa: u64) -> Result<(), Errno> {
+    fn build_tdcs(
+        &mut self,
+        vm: VmId,
+        tdr_pa: u64,
+        config: &TdConfig,
+        hw_error: &mut u64,
+    ) -> Result<(), Errno> {
         self.create_step(vm, Leaf::MngKeyConfig, &[(Reg::Rcx, tdr_pa)])?;
         for _ in 0..TDCS_PAGES {
             let page = self.control_page()?;
@@ -70,16 +94,30 @@ impl World {
                 td.tdcs.push(page);
             }
         }
-        self.write_td_params();
-        self.create_step(vm, Leaf::MngInit, &[(Reg::Rcx, tdr_pa), (Reg::Rdx, PARAMS)])
+        self.write_td_params(config);
+        let status = self.tdh(Leaf::MngInit, &[(Reg::Rcx, tdr_pa), (Reg::Rdx, PARAMS)]).status;
+        if status.is_zero() {
+            return Ok(());
+        }
+        if status.is(Code::OperandInvalid) {
+            *hw_error = status.0;
+        }
+        Err(self.creation_error(vm, Leaf::MngInit, status))
     }
 
-    /// A TD with 48-bit addresses.
-    fn write_td_params(&mut self) {
-        let attributes = if self.profile.pending == PendingAccess::Exit { ATTR_SEPT_VE_DISABLE } else { 0 };
+    /// TD_PARAMS of a TD with 48-bit addresses.
+    fn write_td_params(&mut self, config: &TdConfig) {
+        let mut words = vec![(0, config.attributes), (8, config.xfam), (16, 64), (24, 6 | 3 << 3), (32, 0), (40, 100)];
+        for (n, word) in config.measurements.iter().flatten().enumerate() {
+            words.push((80 + 8 * n as u64, *word));
+        }
+        for (n, [eax, ebx, ecx, edx]) in config.cpuid.iter().enumerate() {
+            let offset = 256 + 16 * n as u64;
+            words.push((offset, u64::from(*eax) | u64::from(*ebx) << 32));
+            words.push((offset + 8, u64::from(*ecx) | u64::from(*edx) << 32));
+        }
         let module = &mut self.tdx_host().module;
         module.host_reset(PARAMS, PAGE_SIZE);
-        let words = [(0, attributes), (8, 3), (16, 64), (24, 6 | 3 << 3), (32, 0), (40, 100)];
         for (offset, word) in words {
             module.host_write(PARAMS + offset, word);
         }
@@ -110,18 +148,12 @@ impl World {
         Ok(page)
     }
 
-    /// KVM_CREATE_VCPU and KVM_TDX_INIT_VCPU.
+    /// KVM_TDX_INIT_VCPU, with what the guest gets in RCX.
     ///
     /// # Errors
-    /// EIO when the TD is not exactly INITIALIZED, EINVAL without a split irqchip, ENOSPC without a processor, ENOMEM, EIO
-    /// after a SEAMCALL failure, with the VM bugged.
-    pub fn tdx_init_vcpu(&mut self, vm: VmId, id: u32) -> Result<(), Errno> {
-        let state = self.live_vm(vm)?;
-        let split_irqchip = state.split_irqchip;
-        let tdr_pa = state.td.as_ref().filter(|td| td.state == TdState::Initialized).ok_or(Errno::EIO)?.tdr_pa();
-        if !split_irqchip {
-            return Err(Errno::EINVAL);
-        }
+    /// ENOSPC without a processor, ENOMEM, EIO after a SEAMCALL failure, with the VM bugged.
+    pub fn tdx_init_vcpu(&mut self, vm: VmId, id: u32, rcx: u64) -> Result<(), Errno> {
+        let tdr_pa = self.td_of(vm).ok_or(Errno::EIO)?.tdr_pa();
         let lp = self.tdx_host().free_lps.pop().ok_or(Errno::ENOSPC)?;
         let tdvpr = self.control_page()?;
         let tdvpr_pa = tdvpr * PAGE_SIZE;
@@ -132,7 +164,7 @@ impl World {
             self.create_step(vm, Leaf::VpAddcx, &[(Reg::Rcx, page * PAGE_SIZE), (Reg::Rdx, tdvpr_pa)])?;
             tdcx.push(page);
         }
-        self.create_step(vm, Leaf::VpInit, &[(Reg::Rcx, tdvpr_pa)])?;
+        self.create_step(vm, Leaf::VpInit, &[(Reg::Rcx, tdvpr_pa), (Reg::Rdx, rcx), (Reg::R8, u64::from(id))])?;
         self.tdx_host().seamcall(HOST_LP, Leaf::VpFlush, &[(Reg::Rcx, tdvpr_pa)]);
         if let Some(td) = self.vms.get_mut(&vm).and_then(|state| state.td.as_mut()) {
             td.vcpus.insert(id, TdVcpu { tdvpr, tdcx, lp });
@@ -142,28 +174,33 @@ impl World {
 
     /// KVM_TDX_FINALIZE_VM.
     ///
-    /// # Errors
-    /// EINVAL when the TD is not INITIALIZED, EBUSY, EIO with the VM bugged.
-    pub fn tdx_finalize(&mut self, vm: VmId) -> Result<(), Errno> {
-        let td = self.live_vm(vm)?.td.as_ref();
-        let tdr_pa = td.filter(|td| td.state == TdState::Initialized).ok_or(Errno::EINVAL)?.tdr_pa();
-        self.create_step(vm, Leaf::MrFinalize, &[(Reg::Rcx, tdr_pa)])?;
-        if let Some(td) = self.vms.get_mut(&vm).and_then(|state| state.td.as_mut()) {
+    /// Fails with EINVAL when the TD is not INITIALIZED; EBUSY, or EIO with the VM bugged, with the module's status.
+    pub fn tdx_finalize(&mut self, vm: VmId) -> TdxAnswer {
+        let td = self.td_of(vm).filter(|td| td.key_assigned && td.state == TdState::Initialized);
+        let Some(tdr_pa) = td.map(Td::tdr_pa) else { return TdxAnswer::failed(Errno::EINVAL) };
+        let status = self.tdh(Leaf::MrFinalize, &[(Reg::Rcx, tdr_pa)]).status;
+        let result = if status.is_zero() { Ok(()) } else { Err(self.creation_error(vm, Leaf::MrFinalize, status)) };
+        if result.is_ok()
+            && let Some(td) = self.vms.get_mut(&vm).and_then(|state| state.td.as_mut())
+        {
             td.state = TdState::Runnable;
         }
-        Ok(())
+        TdxAnswer { result, hw_error: TdxStatus(status.0) }
     }
 
-    /// Everything between KVM_CREATE_VM and the first KVM_RUN of a TD with `vcpus` vCPUs.
+    /// Everything between KVM_CREATE_VM and KVM_TDX_FINALIZE_VM of a TD with `vcpus` vCPUs.
     ///
     /// # Errors
     /// Those of the steps.
     pub fn tdx_build(&mut self, vm: VmId, vcpus: u32) -> Result<(), Errno> {
         self.live_vm(vm)?.split_irqchip = true;
-        self.tdx_init_vm(vm)?;
+        let attributes = if self.profile.pending == PendingAccess::Exit { ATTR_SEPT_VE_DISABLE } else { 0 };
+        let cpuid = vec![[0; 4]; self.tdx_host().module.platform().cpuid_configs.len()];
+        let config = TdConfig { attributes, xfam: 3, cpuid, measurements: [[0; 6]; 3] };
+        self.tdx_init_vm(vm, &config).result?;
         for id in 0..vcpus {
-            self.tdx_init_vcpu(vm, id)?;
+            self.tdx_init_vcpu(vm, id, BootParameter::Td as u64)?;
         }
-        self.tdx_finalize(vm)
+        Ok(())
     }
 }

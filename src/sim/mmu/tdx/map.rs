@@ -1,4 +1,4 @@
-//! Installing private mappings: S-EPT tables from the top down, then TDH.MEM.PAGE.AUG.
+//! Installing private mappings: S-EPT tables from the top down, then TDH.MEM.PAGE.AUG, or PAGE.ADD before the TD runs.
 
 use super::Td;
 use crate::machine::{Errno, PAGE_SIZE};
@@ -25,6 +25,18 @@ pub const fn level_pages(level: u8) -> u64 {
     1 << (9 * level)
 }
 
+/// How a page comes into a TD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewLeaf {
+    /// TDH.MEM.PAGE.ADD: with the contents of a page of the host.
+    Add {
+        /// Its physical address.
+        source: u64,
+    },
+    /// TDH.MEM.PAGE.AUG: PENDING until the guest accepts it.
+    Aug,
+}
+
 impl World {
     /// The TD of a VM that has been initialised.
     pub(super) fn td_of(&self, vm: VmId) -> Option<&Td> {
@@ -36,6 +48,21 @@ impl World {
     /// # Errors
     /// [`Fault::Retry`] when the module was busy; EIO with the VM bugged for any other failure; ENOMEM.
     pub fn tdx_map_private(&mut self, vm: VmId, gfn: u64, pfn: Pfn, order: Order) -> Result<(), Fault> {
+        self.tdx_map_leaf(vm, gfn, pfn, order, NewLeaf::Aug)
+    }
+
+    /// The same, by the given leaf.
+    ///
+    /// # Errors
+    /// As for [`World::tdx_map_private`].
+    pub(super) fn tdx_map_leaf(
+        &mut self,
+        vm: VmId,
+        gfn: u64,
+        pfn: Pfn,
+        order: Order,
+        new: NewLeaf,
+    ) -> Result<(), Fault> {
         let leaf_level = level_of(order);
         for level in (leaf_level + 1..=ROOT_LEVEL).rev() {
             self.ensure_table(vm, gfn, level)?;
@@ -43,14 +70,21 @@ impl World {
         let tdr = self.td_of(vm).ok_or(Fault::Failed(Errno::EIO))?.tdr_pa();
         let bytes = order.pages() * PAGE_SIZE;
         self.tdx_host().module.host_flush(pfn * PAGE_SIZE, bytes);
-        let operands =
-            [(Reg::Rcx, (gfn * PAGE_SIZE) | u64::from(leaf_level)), (Reg::Rdx, tdr), (Reg::R8, pfn * PAGE_SIZE)];
-        let answer = self.tdh(Leaf::MemPageAug, &operands);
+        let mut operands =
+            vec![(Reg::Rcx, (gfn * PAGE_SIZE) | u64::from(leaf_level)), (Reg::Rdx, tdr), (Reg::R8, pfn * PAGE_SIZE)];
+        let leaf = match new {
+            NewLeaf::Aug => Leaf::MemPageAug,
+            NewLeaf::Add { source } => {
+                operands.push((Reg::R9, source));
+                Leaf::MemPageAdd
+            }
+        };
+        let answer = self.tdh(leaf, &operands);
         if answer.is_busy() {
             return Err(Fault::Retry);
         }
         if !answer.status.is_zero() {
-            self.tdx_bug_on(vm, Leaf::MemPageAug, answer.status);
+            self.tdx_bug_on(vm, leaf, answer.status);
             return Err(Fault::Failed(Errno::EIO));
         }
         if let Some(state) = self.vms.get_mut(&vm) {

@@ -1,13 +1,17 @@
 //! KVM's TDX code on top of the simulated module: what arch/x86/kvm/vmx/tdx.c and the SEAMCALL wrappers below it do.
 //!
-//! [`boot`] brings the module up, [`seamcall`] calls it, [`create`] builds a TD and [`destroy`] takes it down, [`map`] and
+//! [`boot`] brings the module up, [`seamcall`] calls it, [`command`] is KVM_MEMORY_ENCRYPT_OP with the answers of
+//! [`capabilities`], [`create`] builds a TD and [`destroy`] takes it down, [`map`] and
 //! [`unmap`] keep the S-EPT in step with the mirror root, [`run`] executes guest accesses to private memory. A [`Td`] is
 //! what KVM remembers of one TD: its key id and every page it gave to the module.
 
 pub mod boot;
+pub mod capabilities;
+pub mod command;
 pub mod create;
 pub mod destroy;
 pub mod map;
+mod populate;
 pub mod run;
 pub mod seamcall;
 pub mod split;
@@ -20,7 +24,7 @@ pub use unmap::UnmapError;
 
 use super::super::host::Pfn;
 use super::super::tdx_module::LpId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The SHARED bit of guest-physical addresses with 48 bits of them (GPAW 0).
 pub const SHARED_BIT: u64 = 1 << 47;
@@ -60,7 +64,9 @@ pub struct Td {
     pub state: TdState,
     /// Pages of the S-EPT: level of the entry that points to the table and first gfn, to the frame.
     pub tables: BTreeMap<(u8, u64), Pfn>,
-    /// vCPUs by id.
+    /// vCPU ids whose CPUID has x2APIC, without which KVM_TDX_INIT_VCPU fails.
+    pub x2apic: BTreeSet<u32>,
+    /// vCPUs that KVM_TDX_INIT_VCPU has made, by id.
     pub vcpus: BTreeMap<u32, TdVcpu>,
 }
 

@@ -1,6 +1,6 @@
 //! A vCPU in the guest: accesses to private memory and TDG.MEM.PAGE.ACCEPT, with the TD exits they end in.
 
-use super::TdVcpu;
+use super::{TdState, TdVcpu};
 use crate::machine::{Errno, Exit, PAGE_SIZE};
 use crate::sim::World;
 use crate::sim::gmem::fault::Access;
@@ -49,6 +49,12 @@ impl Instruction {
 }
 
 impl World {
+    /// Whether KVM_RUN of a live TD fails before it enters the guest: the vCPU is not initialised, or the TD not finalised.
+    pub fn td_cannot_run(&self, vm: VmId, vcpu: u32) -> bool {
+        let Some(state) = self.vms.get(&vm).filter(|state| state.has_mirror() && !state.dead) else { return false };
+        state.td.as_ref().is_none_or(|td| td.state != TdState::Runnable || !td.vcpus.contains_key(&vcpu))
+    }
+
     fn td_vcpu(&self, vm: VmId, vcpu: u32) -> Option<TdVcpu> {
         self.td_of(vm)?.vcpus.get(&vcpu).cloned()
     }

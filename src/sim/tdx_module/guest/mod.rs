@@ -7,6 +7,7 @@ mod accept;
 mod access;
 mod attr;
 mod exit;
+mod nmi;
 mod shared;
 mod tdcall;
 
