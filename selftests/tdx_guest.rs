@@ -1,6 +1,6 @@
 //! A TD's guest: TDVMCALL MapGPA, TDG.MEM.PAGE.ACCEPT, and what is left of a TD that is dead.
 
-use gmemtest::harness::{Context, GmemVm, TestResult};
+use gmemtest::harness::{Context, GmemVm, Td, TdMemory, TestResult};
 use gmemtest::machine::{
     Errno, Exit, Facility, GuestOp, MemoryRegion, PAGE_SIZE, Reply, TdxAnswer, TdxCommand, TdxData, Vcpu,
 };
@@ -245,57 +245,64 @@ fn shared_page_is_the_hosts_memory(cx: &Context) -> TestResult {
     Ok(())
 }
 
-/// A TD that its guest has ended, with a second vCPU.
-fn dead(cx: &Context) -> TestResult<(Box<dyn Vcpu>, Box<dyn Vcpu>, GmemVm)> {
-    if cx.machine().spec().to_string().contains("pending=accept") {
-        gmemtest::skip!(Declined, "the guest accepts pages in its #VE handler");
-    }
-    let vm = GmemVm::new(cx, 4)?;
-    let mut vcpu = vm.vcpu(0)?;
-    let other = vm.vcpu(1)?;
-    let exit = vcpu.execute(GuestOp::read_u64(vm.gpa(0)));
+/// A TD that its guest has ended, with a second vCPU and four private pages.
+struct Dead {
+    vcpu: Box<dyn Vcpu>,
+    other: Box<dyn Vcpu>,
+    td: Td,
+    memory: TdMemory,
+}
+
+fn dead(cx: &Context) -> TestResult<Dead> {
+    let td = Td::with_payload(cx, 2)?;
+    let (mut vcpu, other) = (td.vcpu(0)?, td.vcpu(1)?);
+    let memory = td.memory(cx, 4)?;
+    claim_eq!(td.finalize()?, TdxAnswer::OK, "KVM_TDX_FINALIZE_VM");
+    let exit = vcpu.execute(GuestOp::read_u64(memory.gpa(0)));
     claim_matches!(exit, Exit::Failed { errno: Errno::EIO, .. }, "the load from a page that was not accepted");
-    Ok((vcpu, other, vm))
+    Ok(Dead { vcpu, other, td, memory })
 }
 
 fn access_before_acceptance_ends_the_td(cx: &Context) -> TestResult {
-    let (mut vcpu, mut other, vm) = dead(cx)?;
+    let Dead { mut vcpu, mut other, td, memory } = dead(cx)?;
     for (name, vcpu) in [("that vCPU", &mut vcpu), ("the other vCPU", &mut other)] {
-        let exit = vcpu.execute(GuestOp::read_u64(vm.gpa(PAGE_SIZE)));
+        let exit = vcpu.execute(GuestOp::read_u64(memory.gpa(1)));
         claim_matches!(exit, Exit::Failed { errno: Errno::EIO, .. }, "KVM_RUN of {name}");
     }
+    claim_err!(td.vm.capability(0), Errno::EIO, "KVM_CHECK_EXTENSION");
     Ok(())
 }
 
 fn every_ioctl_of_a_dead_vm_is_eio(cx: &Context) -> TestResult {
-    let (mut vcpu, _other, vm) = dead(cx)?;
-    claim_err!(vm.vm.capability(0), Errno::EIO, "KVM_CHECK_EXTENSION");
-    claim_err!(vm.vm.enable_capability(KVM_CAP_EXIT_HYPERCALL, ENABLE), Errno::EIO, "KVM_ENABLE_CAP");
-    claim_err!(vm.vm.create_guest_memfd(PAGE_SIZE, 0), Errno::EIO, "KVM_CREATE_GUEST_MEMFD");
-    claim_err!(vm.vm.set_memory_region(&MemoryRegion::deletion(GmemVm::SLOT)), Errno::EIO, "deleting the slot");
-    claim_err!(vm.vm.create_vcpu(7), Errno::EIO, "KVM_CREATE_VCPU");
+    let Dead { mut vcpu, other: _other, td, memory } = dead(cx)?;
+    let vm = &td.vm;
+    claim_err!(vm.capability(0), Errno::EIO, "KVM_CHECK_EXTENSION");
+    claim_err!(vm.enable_capability(KVM_CAP_EXIT_HYPERCALL, ENABLE), Errno::EIO, "KVM_ENABLE_CAP");
+    claim_err!(vm.create_guest_memfd(PAGE_SIZE, 0), Errno::EIO, "KVM_CREATE_GUEST_MEMFD");
+    claim_err!(vm.set_memory_region(&MemoryRegion::deletion(Td::SLOT)), Errno::EIO, "deleting the slot");
+    claim_err!(vm.create_vcpu(7), Errno::EIO, "KVM_CREATE_VCPU");
     if cx.has(Facility::KvmStats) {
-        claim_err!(vm.vm.statistic("pages_4k"), Errno::EIO, "KVM_GET_STATS_FD");
+        claim_err!(vm.statistic("pages_4k"), Errno::EIO, "KVM_GET_STATS_FD");
     }
-    let Some(tdx) = vm.vm.tdx() else { gmemtest::fail!("the machine's VMs have no KVM_MEMORY_ENCRYPT_OP") };
+    let Some(tdx) = vm.tdx() else { gmemtest::fail!("the machine's VMs have no KVM_MEMORY_ENCRYPT_OP") };
     let finalize = tdx.command(TdxCommand::new(KVM_TDX_FINALIZE_VM, TdxData::Value(0)));
     claim_eq!(finalize, TdxAnswer::failed(Errno::EIO), "KVM_TDX_FINALIZE_VM");
     claim_err!(tdx.unreadable_command(), Errno::EIO, "KVM_MEMORY_ENCRYPT_OP with an argument that is not mapped");
-    let prefault = vcpu.pre_fault(vm.gpa(0), PAGE_SIZE, 0);
+    let prefault = vcpu.pre_fault(memory.gpa(0), PAGE_SIZE, 0);
     claim_eq!((prefault.result, prefault.size), (Err(Errno::EIO), PAGE_SIZE), "KVM_PRE_FAULT_MEMORY");
     Ok(())
 }
 
 fn file_outlives_its_vm(cx: &Context) -> TestResult {
-    let (vcpu, other, vm) = dead(cx)?;
-    claim_ok!(vm.gmem.fallocate(libc::FALLOC_FL_KEEP_SIZE, 0, 4 * PAGE_SIZE as i64), "allocating");
+    let Dead { vcpu, other, td, memory } = dead(cx)?;
+    let TdMemory { gmem, shared, source, .. } = memory;
+    claim_ok!(gmem.fallocate(libc::FALLOC_FL_KEEP_SIZE, 0, 4 * PAGE_SIZE as i64), "allocating");
     let punch = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE;
-    claim_ok!(vm.gmem.fallocate(punch, 0, 4 * PAGE_SIZE as i64), "punching a hole");
-    claim_eq!(claim_ok!(vm.gmem.stat()).size, 4 * PAGE_SIZE as i64, "the size");
-    let GmemVm { vm, gmem, shared, .. } = vm;
-    drop((vcpu, other, vm));
+    claim_ok!(gmem.fallocate(punch, 0, 4 * PAGE_SIZE as i64), "punching a hole");
+    claim_eq!(claim_ok!(gmem.stat()).size, 4 * PAGE_SIZE as i64, "the size");
+    drop((vcpu, other, td));
     claim_ok!(gmem.fallocate(libc::FALLOC_FL_KEEP_SIZE, 0, PAGE_SIZE as i64), "allocating, with only the file open");
-    drop((gmem, shared));
+    drop((gmem, shared, source));
     GmemVm::new(cx, 1).map(drop)
 }
 

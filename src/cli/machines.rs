@@ -4,6 +4,7 @@ use crate::harness::Stop;
 use crate::harness::child::Opener;
 use crate::harness::known::KnownIssues;
 use crate::harness::watch::Watch;
+use crate::inject;
 use crate::kvm::KvmMachine;
 use crate::machine::{Facility, Family, Machine, MachineSpec, SkipKind, SpecError, VmType};
 use crate::sim::{Profile, SimMachine};
@@ -35,7 +36,15 @@ pub static EVERY: Machines = Machines { open, auto, watch: Watch::start, known: 
 pub fn open(spec: &MachineSpec) -> Result<Box<dyn Machine>, Stop> {
     match spec.family {
         Family::Kvm => {
-            let machine = KvmMachine::new(spec.vm_type);
+            let mut machine = KvmMachine::new(spec.vm_type);
+            if spec.has_simulated_module() {
+                if !inject::is_here() {
+                    let why =
+                        "the simulated TDX module is not under this kernel; boot it with `gmemtest vm --simulated-tdx`";
+                    return Err(Stop::skip(SkipKind::NoHardware, why.to_owned()));
+                }
+                machine = machine.with_module(spec.clone(), inject::module);
+            }
             match Stop::unless_present(Facility::Vm, &machine.facility(Facility::Vm)) {
                 Some(stop) => Err(stop),
                 None => Ok(Box::new(machine)),
@@ -51,12 +60,18 @@ pub fn open(spec: &MachineSpec) -> Result<Box<dyn Machine>, Stop> {
 /// Every VM type that the running kernel offers; `kvm:default` when it offers none, so that the reason is reported.
 pub fn auto() -> Vec<MachineSpec> {
     let mut offered: Vec<MachineSpec> =
-        VmType::ALL.iter().map(|&vm_type| MachineSpec::new(Family::Kvm, vm_type)).collect();
+        VmType::ALL.iter().map(|&vm_type| labelled(MachineSpec::new(Family::Kvm, vm_type))).collect();
     offered.retain(|spec| open(spec).is_ok());
     if offered.is_empty() {
         offered.push(MachineSpec::new(Family::Kvm, VmType::Default));
     }
     offered
+}
+
+/// The spec of a machine by what is under it: a TD on the simulated module is not a TD on TDX hardware.
+fn labelled(spec: MachineSpec) -> MachineSpec {
+    let simulated = spec.family == Family::Kvm && spec.vm_type == VmType::Tdx && inject::is_here();
+    if simulated { spec.with_simulated_module() } else { spec }
 }
 
 /// The spec that `text` is, with the options that its machine knows.
@@ -65,7 +80,7 @@ fn readable(text: &str) -> Result<MachineSpec, SpecError> {
     if spec.family == Family::Sim {
         Profile::from_spec(&spec)?;
     }
-    Ok(spec)
+    Ok(labelled(spec))
 }
 
 impl Machines {

@@ -115,8 +115,65 @@ gmemtest_payload:
     push 0x23
     push rax
     iretq
+// #VE of a TD: an access to a page that was not accepted. Accept it, 4 KiB or what it is mapped in, and go back to the
+// access; report any other #VE like an exception. TDG.VP.VEINFO.GET is needed in both cases: without it the next #VE
+// would be a #DF.
+.Lvirtualization:
+    push rax
+    push rcx
+    push rdx
+    push r8
+    push r9
+    push r10
+    mov eax, 3
+    .byte 0x66, 0x0f, 0x01, 0xcc
+    test rax, rax
+    jnz .Lvirtualization_other
+    cmp ecx, 48
+    jne .Lvirtualization_other
+    mov rcx, r9
+    and rcx, -0x1000
+.Laccept_again:
+    mov r8, rcx
+    mov eax, 6
+    .byte 0x66, 0x0f, 0x01, 0xcc
+    mov rcx, r8
+    shr rax, 32
+    jz .Lvirtualization_over
+// Busy, accepted meanwhile, and of another size.
+    cmp eax, 0x80000200
+    je .Laccept_again
+    cmp eax, 0xb0a
+    je .Lvirtualization_over
+    cmp eax, 0xc0000b0b
+    jne .Lvirtualization_other
+    test cl, 1
+    jnz .Lvirtualization_other
+    and rcx, -{huge}
+    or rcx, 1
+    jmp .Laccept_again
+.Lvirtualization_over:
+    pop r10
+    pop r9
+    pop r8
+    pop rdx
+    pop rcx
+    pop rax
+    add rsp, 16
+    iretq
+.Lvirtualization_other:
+    pop r10
+    pop r9
+    pop r8
+    pop rdx
+    pop rcx
+    pop rax
+    jmp .Lexception_of_command
 // Exceptions: report them, and go on with the next command.
 .Lexception:
+    cmp byte ptr [rsp], 20
+    je .Lvirtualization
+.Lexception_of_command:
     mov rbp, rsp
     and rbp, -{area_size}
     lea r15, [rbp - {to_alias}]

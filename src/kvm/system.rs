@@ -5,8 +5,8 @@ use super::mapping::KvmMapping;
 use super::vm::KvmVm;
 use super::{ioctl, page, vm};
 use crate::machine::{
-    Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, Vm,
-    VmConfig, VmType,
+    Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, TdxModule,
+    Vm, VmConfig, VmType,
 };
 use crate::uapi::bindings::KVM_MAX_CPUID_ENTRIES;
 use crate::uapi::kvm::KVM_CHECK_EXTENSION;
@@ -22,7 +22,11 @@ pub struct KvmMachine {
     release: Release,
     kvm: Result<Arc<Kvm>, Errno>,
     facilities: OnceLock<Facilities>,
+    module: Option<ModuleAccess>,
 }
+
+/// Gives access to the TDX module under a machine, where there is a way to it.
+pub type ModuleAccess = fn() -> Option<Arc<dyn TdxModule>>;
 
 impl KvmMachine {
     /// Opens /dev/kvm.
@@ -37,7 +41,13 @@ impl KvmMachine {
             release: running_release(),
             kvm,
             facilities: OnceLock::new(),
+            module: None,
         }
+    }
+
+    /// The same machine under the name `spec`, with a way to its TDX module.
+    pub fn with_module(self, spec: MachineSpec, module: ModuleAccess) -> KvmMachine {
+        KvmMachine { spec, module: Some(module), ..self }
     }
 
     /// /dev/kvm, or why it could not be opened.
@@ -70,6 +80,9 @@ impl Machine for KvmMachine {
     }
 
     fn facility(&self, facility: Facility) -> Availability {
+        if facility == Facility::ModuleInjection && self.module.is_some() {
+            return Availability::present();
+        }
         self.facilities.get_or_init(|| Facilities::of(self)).availability(facility)
     }
 
@@ -100,6 +113,10 @@ impl Machine for KvmMachine {
 
     fn page_map_count(&self, frame: u64) -> Result<u64, Errno> {
         page::map_count(frame)
+    }
+
+    fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {
+        self.module.and_then(|module| module())
     }
 
     fn drain_lru(&self) -> Result<(), Errno> {

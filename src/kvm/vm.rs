@@ -78,8 +78,10 @@ impl KvmVm {
         let (first_reserved_slot, payload) = match config.payload_vcpus() {
             None => (nr_memslots, None),
             Some(vcpus) if vm_type == VmType::Tdx => {
-                let guest = tdx::build(kvm, &fd, slot, vcpus)?;
-                if matches!(config, VmConfig::Payload { .. }) {
+                let finalized = matches!(config, VmConfig::Payload { .. });
+                let pending = if finalized { tdx::Pending::Accept } else { tdx::Pending::Exit };
+                let guest = tdx::build(kvm, &fd, slot, vcpus, pending)?;
+                if finalized {
                     tdx::issue(&fd, TdxCommand::new(KVM_TDX_FINALIZE_VM, TdxData::Value(0))).result?;
                 }
                 td.memory = Some(guest.memory);

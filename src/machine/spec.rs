@@ -113,7 +113,26 @@ pub struct MachineSpec {
     pub options: Vec<(String, String)>,
 }
 
+/// The option that stands for the simulated TDX module in a spec.
+const SIMULATED_MODULE: (&str, &str) = ("module", "simulated");
+/// What it is printed as.
+const SIMULATED_MODULE_SUFFIX: &str = "(simulated-module)";
+
 impl MachineSpec {
+    /// The same machine, whose TDX module is the simulated one: `kvm:tdx(simulated-module)`. Results obtained on it are
+    /// never shown as results of TDX hardware.
+    pub fn with_simulated_module(mut self) -> MachineSpec {
+        if !self.has_simulated_module() {
+            self.options.push((SIMULATED_MODULE.0.to_owned(), SIMULATED_MODULE.1.to_owned()));
+        }
+        self
+    }
+
+    /// Whether its TDX module is the simulated one, under a real kernel.
+    pub fn has_simulated_module(&self) -> bool {
+        self.family == Family::Kvm && self.option(SIMULATED_MODULE.0) == Some(SIMULATED_MODULE.1)
+    }
+
     /// A spec without options.
     pub fn new(family: Family, vm_type: VmType) -> MachineSpec {
         MachineSpec { family, vm_type, options: Vec::new() }
@@ -132,6 +151,9 @@ impl fmt::Display for MachineSpec {
             Family::Sim => "sim",
         };
         write!(f, "{family}:{}", self.vm_type.name())?;
+        if self.has_simulated_module() {
+            return f.write_str(SIMULATED_MODULE_SUFFIX);
+        }
         for (name, value) in &self.options {
             write!(f, ",{name}={value}")?;
         }
@@ -147,13 +169,19 @@ impl FromStr for MachineSpec {
             "known machines: auto, kvm:default, kvm:sw-protected, kvm:tdx, sim:default, sim:sw-protected, sim:tdx";
         let unknown = || SpecError(format!("unknown machine '{text}'; {known}"));
         let mut parts = text.split(',');
-        let (family, vm_type) = parts.next().and_then(|head| head.split_once(':')).ok_or_else(unknown)?;
+        let head = parts.next().unwrap_or_default();
+        let simulated = head.ends_with(SIMULATED_MODULE_SUFFIX);
+        let head = head.strip_suffix(SIMULATED_MODULE_SUFFIX).unwrap_or(head);
+        let (family, vm_type) = head.split_once(':').ok_or_else(unknown)?;
         let family = match family {
             "kvm" => Family::Kvm,
             "sim" => Family::Sim,
             _ => return Err(unknown()),
         };
         let vm_type = VmType::ALL.into_iter().find(|t| t.name() == vm_type).ok_or_else(unknown)?;
+        if simulated && (family, vm_type) != (Family::Kvm, VmType::Tdx) {
+            return Err(unknown());
+        }
         let mut options: Vec<(String, String)> = Vec::new();
         for part in parts {
             let (name, value) = part
@@ -170,7 +198,8 @@ impl FromStr for MachineSpec {
                 "machine '{text}': kvm machines take no options, the running kernel decides"
             )));
         }
-        Ok(MachineSpec { family, vm_type, options })
+        let spec = MachineSpec { family, vm_type, options };
+        Ok(if simulated { spec.with_simulated_module() } else { spec })
     }
 }
 
@@ -180,7 +209,8 @@ mod tests {
 
     #[test]
     fn specs_print_as_they_were_read() {
-        for text in ["kvm:default", "kvm:sw-protected", "sim:tdx,kernel=7.3,policy=bug-vm"] {
+        for text in ["kvm:default", "kvm:sw-protected", "kvm:tdx(simulated-module)", "sim:tdx,kernel=7.3,policy=bug-vm"]
+        {
             assert_eq!(text.parse::<MachineSpec>().unwrap().to_string(), text);
         }
     }
@@ -194,6 +224,8 @@ mod tests {
             ("sim:tdx,kernel", "'kernel' is not NAME=VALUE"),
             ("sim:tdx,kernel=7.3,kernel=6.18", "given twice"),
             ("kvm:tdx,kernel=7.3", "take no options"),
+            ("kvm:tdx,module=simulated", "take no options"),
+            ("sim:tdx(simulated-module)", "unknown machine"),
         ] {
             let error = text.parse::<MachineSpec>().unwrap_err().to_string();
             assert!(error.contains(part), "{text}: {error}");

@@ -14,8 +14,9 @@ pub enum VmConfig {
         /// How many vCPUs may be created, with ids from 0.
         vcpus: u32,
     },
-    /// The same, but KVM_TDX_FINALIZE_VM is left to the test, which can add memory before. Of a VM that is no TD nothing
-    /// is left out.
+    /// The same, but KVM_TDX_FINALIZE_VM is left to the test, which can add memory before, and the TD has SEPT_VE_DISABLE:
+    /// a guest that touches a page which it has not accepted ends, where it would accept it otherwise. A VM that is no TD
+    /// is as with [`VmConfig::Payload`].
     PayloadUnfinalized {
         /// How many vCPUs may be created, with ids from 0.
         vcpus: u32,

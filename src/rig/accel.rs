@@ -23,7 +23,13 @@ pub enum Accel {
     Kvm,
     /// `-accel tcg,thread=multi -cpu max,+svm,+npt`.
     Tcg,
+    /// TCG, with a CPU and a kernel command line that take the kernel's TDX code to the simulated module.
+    SimulatedTdx,
 }
+
+/// A CPU that TDX code runs on without the erratum of partial writes (which would need MOVDIR64B), and without SVM. Below 48
+/// address bits, KVM would leave pages of the shared EPT behind.
+const TDX_CPU: &str = "max,-svm,vendor=GenuineIntel,family=6,model=173,stepping=1,xlevel=0x80000008,phys-bits=52";
 
 impl Accel {
     /// QEMU's arguments.
@@ -31,7 +37,13 @@ impl Accel {
         match self {
             Accel::Kvm => ["-accel", "kvm", "-cpu", "host"],
             Accel::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"],
+            Accel::SimulatedTdx => ["-accel", "tcg,thread=multi", "-cpu", TDX_CPU],
         }
+    }
+
+    /// What the accelerator wants on the kernel's command line.
+    pub fn kernel_line(self) -> Option<String> {
+        (self == Accel::SimulatedTdx).then(|| format!("kvm_intel.tdx=1 tdx_sim={:#x}", super::bridge::PORT))
     }
 }
 
@@ -40,7 +52,17 @@ impl fmt::Display for Accel {
         f.write_str(match self {
             Accel::Kvm => "KVM",
             Accel::Tcg => "TCG",
+            Accel::SimulatedTdx => "TCG and the simulated TDX module",
         })
+    }
+}
+
+/// The accelerator for a choice together with the simulated TDX module, and why it is that.
+pub fn choose_with_simulated_tdx(choice: AccelChoice) -> Result<(Accel, String), String> {
+    match choice {
+        AccelChoice::Tcg => Ok((Accel::SimulatedTdx, "asked for".to_owned())),
+        AccelChoice::Auto => Ok((Accel::SimulatedTdx, "--simulated-tdx goes with TCG only".to_owned())),
+        AccelChoice::Kvm => Err("--simulated-tdx: goes with TCG only; leave out --accel kvm".to_owned()),
     }
 }
 

@@ -7,9 +7,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::bridge::{Bridge, Notice, Timing};
 use super::console::Console;
 use super::ending::Ending;
-use super::qemu::{Hardware, Qemu};
+use super::qemu::{Hardware, ModuleSide, Qemu};
 use super::stop::StopSignal;
 use super::wire::{CommandEnd, Frame, Hello};
 
@@ -76,6 +77,8 @@ pub struct Boot {
     pub console: Console,
     /// When things happened.
     pub clock: Clock,
+    /// What SEAMCALLs took, with the simulated TDX module.
+    pub seamcalls: Option<Timing>,
 }
 
 enum Word {
@@ -83,6 +86,7 @@ enum Word {
     Frame(Frame),
     Noise(String),
     Qemu(Vec<u8>),
+    Module(Notice),
 }
 
 /// Boots, listens until the end, and leaves no process behind. A signal that `stop` has seen ends
@@ -97,12 +101,30 @@ pub fn boot(
     listener: &mut dyn Listener,
 ) -> Boot {
     let start = Instant::now();
-    let mut watch = Watch { start, hello: None, console, clock: Clock::default(), stderr: Vec::new(), beat: start };
-    let ending = match Qemu::start(hardware, kernel, initramfs) {
-        Ok(mut qemu) => {
-            let words = listen(&mut qemu);
+    let mut watch = Watch {
+        start,
+        hello: None,
+        console,
+        clock: Clock::default(),
+        stderr: Vec::new(),
+        beat: start,
+        module: ModuleState::None,
+    };
+    let mut seamcalls = None;
+    let started = Qemu::start(hardware, kernel, initramfs).and_then(|mut qemu| {
+        let (sender, words) = mpsc::channel();
+        let bridge = qemu.module.take().map(|side| bridge(side, hardware.cpus, sender.clone())).transpose()?;
+        listen(&mut qemu, sender);
+        Ok((qemu, words, bridge))
+    });
+    let ending = match started {
+        Ok((mut qemu, words, bridge)) => {
+            if bridge.is_some() {
+                watch.module = ModuleState::Expected;
+            }
             let ending = watch.until_the_end(&mut qemu, &words, limits, stop, listener);
             qemu.kill();
+            seamcalls = bridge.as_ref().map(Bridge::timing);
             // The streams are at their end now: nothing that was sent is lost.
             while let Ok(word) = words.recv_timeout(Duration::from_secs(1)) {
                 watch.take(word, listener);
@@ -113,12 +135,18 @@ pub fn boot(
     };
     watch.clock.gone = start.elapsed();
     let ending = watch.settle(ending);
-    Boot { ending, hello: watch.hello, console: watch.console, clock: watch.clock }
+    Boot { ending, hello: watch.hello, console: watch.console, clock: watch.clock, seamcalls }
+}
+
+/// Serves the simulated TDX module.
+fn bridge(side: ModuleSide, cpus: u32, sender: Sender<Word>) -> std::io::Result<Bridge> {
+    // Whoever watched has gone when the boot is over.
+    let tell = move |notice| drop(sender.send(Word::Module(notice)));
+    Bridge::start(side.ram, cpus, side.doorbell, side.channel, Box::new(tell))
 }
 
 /// One thread for each stream; the channel ends when all of them are at their end.
-fn listen(qemu: &mut Qemu) -> Receiver<Word> {
-    let (sender, receiver) = mpsc::channel();
+fn listen(qemu: &mut Qemu, sender: Sender<Word>) {
     let bytes = |stream: Option<Box<dyn Read + Send>>, sender: Sender<Word>, word: fn(Vec<u8>) -> Word| {
         let Some(mut stream) = stream else { return };
         thread::spawn(move || {
@@ -150,7 +178,17 @@ fn listen(qemu: &mut Qemu) -> Receiver<Word> {
             }
         });
     }
-    receiver
+}
+
+/// How far the kernel is with the simulated TDX module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ModuleState {
+    /// There is none.
+    None,
+    /// The kernel has not said that it knows of it.
+    Expected,
+    /// It has.
+    Up,
 }
 
 struct Watch {
@@ -161,6 +199,7 @@ struct Watch {
     stderr: Vec<u8>,
     /// The last sign of life.
     beat: Instant,
+    module: ModuleState,
 }
 
 impl Watch {
@@ -181,6 +220,7 @@ impl Watch {
                 Ok(word) => match self.take(word, listener) {
                     Some(Taken::End(end)) => ended = Some((Instant::now(), end)),
                     Some(Taken::Noise(noise)) => return Ending::Noise(noise),
+                    Some(Taken::Module(ending)) => return ending,
                     None => {}
                 },
                 Err(RecvTimeoutError::Timeout) => {}
@@ -244,6 +284,10 @@ impl Watch {
             }
             Word::Qemu(bytes) => self.stderr.extend(bytes),
             Word::Noise(text) => return Some(Taken::Noise(text)),
+            Word::Module(Notice::Hello { .. }) => self.module = ModuleState::Up,
+            Word::Module(Notice::Remark(text)) => listener.stderr(format!("gmemtest: {text}\n").as_bytes()),
+            Word::Module(Notice::Broken(why)) => return Some(Taken::Module(Ending::ModuleMisused(why))),
+            Word::Module(Notice::Failed(why)) => return Some(Taken::Module(Ending::ModuleFailed(why))),
             Word::Frame(frame) => {
                 self.beat = Instant::now();
                 match frame {
@@ -251,6 +295,9 @@ impl Watch {
                         self.clock.hello.get_or_insert_with(|| self.start.elapsed());
                         listener.hello(&hello);
                         self.hello = Some(hello);
+                        if self.module == ModuleState::Expected {
+                            return Some(Taken::Module(Ending::NoModulePatch));
+                        }
                     }
                     Frame::Stdout(bytes) => listener.stdout(&bytes),
                     Frame::Stderr(bytes) => listener.stderr(&bytes),
@@ -268,7 +315,15 @@ impl Watch {
 
     /// The ending with what only the whole console and QEMU's own words tell.
     fn settle(&self, ending: Ending) -> Ending {
-        if matches!(ending, Ending::Command(_) | Ending::Interrupted(_) | Ending::NotStarted(_)) {
+        if matches!(
+            ending,
+            Ending::Command(_)
+                | Ending::Interrupted(_)
+                | Ending::NotStarted(_)
+                | Ending::NoModulePatch
+                | Ending::ModuleMisused(_)
+                | Ending::ModuleFailed(_)
+        ) {
             return ending;
         }
         if let Some(reason) = self.console.panic() {
@@ -290,4 +345,5 @@ impl Watch {
 enum Taken {
     End(CommandEnd),
     Noise(String),
+    Module(Ending),
 }

@@ -38,6 +38,12 @@ pub enum Ending {
         /// Its standard error.
         stderr: String,
     },
+    /// The kernel came up and does not know of the simulated TDX module.
+    NoModulePatch,
+    /// The kernel broke the rules of the mailboxes that its SEAMCALLs go through.
+    ModuleMisused(String),
+    /// The service of the simulated TDX module failed.
+    ModuleFailed(String),
     /// This program was told to stop, by this signal.
     Interrupted(i32),
 }
@@ -57,6 +63,9 @@ impl Ending {
             Ending::Noise(_) => "noise",
             Ending::NotStarted(_) => "no-qemu",
             Ending::QemuDied { .. } => "qemu-died",
+            Ending::NoModulePatch => "no-module-patch",
+            Ending::ModuleMisused(_) => "module-misused",
+            Ending::ModuleFailed(_) => "module-failed",
             Ending::Interrupted(_) => "interrupted",
         }
     }
@@ -65,7 +74,11 @@ impl Ending {
     /// its part.
     pub fn is_the_kernels(&self) -> bool {
         match self {
-            Ending::Panicked(_) | Ending::PoweredOff | Ending::Hung(_) | Ending::NeverUp(_) => true,
+            Ending::Panicked(_)
+            | Ending::PoweredOff
+            | Ending::Hung(_)
+            | Ending::NeverUp(_)
+            | Ending::ModuleMisused(_) => true,
             Ending::Command(_)
             | Ending::NeverUpSilent(_)
             | Ending::TimedOut(_)
@@ -73,6 +86,8 @@ impl Ending {
             | Ending::Noise(_)
             | Ending::NotStarted(_)
             | Ending::QemuDied { .. }
+            | Ending::NoModulePatch
+            | Ending::ModuleFailed(_)
             | Ending::Interrupted(_) => false,
         }
     }
@@ -94,6 +109,9 @@ impl Ending {
             Ending::NoPort => {
                 "the kernel needs CONFIG_VIRTIO_CONSOLE=y and CONFIG_VIRTIO_PCI=y, or CONFIG_SERIAL_8250=y; \
                  with any of them =m, give its modules with --modules"
+            }
+            Ending::NoModulePatch => {
+                "build it with the patch for its release in scripts/kernel, or leave out --simulated-tdx"
             }
             Ending::NotStarted(error) if error.kind() == io::ErrorKind::NotFound => {
                 "install QEMU (Debian: qemu-system-x86, Fedora: qemu-system-x86-core)"
@@ -145,6 +163,13 @@ impl fmt::Display for Ending {
                     None => Ok(()),
                 }
             }
+            Ending::NoModulePatch => f.write_str(
+                "the kernel came up without a word to the simulated TDX module: it lacks the patch of scripts/kernel",
+            ),
+            Ending::ModuleMisused(why) => {
+                write!(f, "the kernel misused the mailboxes of the simulated TDX module: {why}")
+            }
+            Ending::ModuleFailed(why) => write!(f, "the service of the simulated TDX module failed: {why}"),
             Ending::Interrupted(signal) => {
                 let name = nix::sys::signal::Signal::try_from(*signal).map_or("a signal", |signal| signal.as_str());
                 write!(f, "stopped by {name}")

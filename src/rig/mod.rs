@@ -6,6 +6,7 @@
 //! modules     lib/modules -> what its KVM needs
 //! initramfs   this program as /init        ---->      init     mounts, modules, limits; runs the command
 //! qemu        command line and process                         relays its output, reaps, powers off
+//! bridge      the simulated TDX module under the kernel, on request
 //! boot        watches from outside         <----      wire     frames over virtio-serial or a second serial port
 //! console     panics and complaints        <----               the kernel's console, kept apart
 //! ending      every way in which a boot can end
@@ -18,6 +19,7 @@ mod accel;
 pub mod bisect;
 mod boot;
 mod boot_image;
+pub mod bridge;
 mod console;
 mod decompress;
 mod ending;
@@ -34,7 +36,7 @@ mod stream;
 pub mod task;
 pub mod wire;
 
-pub use accel::{Accel, AccelChoice, choose as choose_accel};
+pub use accel::{Accel, AccelChoice, choose as choose_accel, choose_with_simulated_tdx};
 pub use boot::{Boot, Clock, Limits, Listener, boot};
 pub use boot_image::{BootImage, ImageError};
 pub use console::Console;

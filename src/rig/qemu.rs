@@ -18,6 +18,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::accel::Accel;
+use super::bridge::{self, Ram};
 use super::wire::PORT_NAME;
 
 /// The program that is started.
@@ -52,13 +53,15 @@ impl Hardware {
         let mut arguments: Vec<OsString> = Vec::new();
         // No controllers that nothing is attached to: the kernel would probe them.
         arguments.extend(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"].map(Into::into));
-        arguments.extend(["-machine", "q35,sata=off,smbus=off,vmport=off"].map(Into::into));
+        let backend = if self.accel == Accel::SimulatedTdx { ",memory-backend=ram" } else { "" };
+        arguments.extend(["-machine".into(), format!("q35,sata=off,smbus=off,vmport=off{backend}").into()]);
         arguments.extend(self.accel.arguments().map(Into::into));
         arguments.extend(["-smp".into(), self.cpus.to_string().into(), "-m".into()]);
         arguments.push(format!("{}M", self.memory_mib).into());
         arguments.extend(["-kernel".into(), kernel.into(), "-initrd".into(), initrd.into(), "-append".into()]);
-        let line = format!("{KERNEL_LINE} {}", self.append);
-        arguments.push(line.trim_end().into());
+        let words = [Some(KERNEL_LINE.to_owned()), self.accel.kernel_line(), Some(self.append.clone())];
+        let words: Vec<String> = words.into_iter().flatten().filter(|words| !words.is_empty()).collect();
+        arguments.push(words.join(" ").into());
         arguments
     }
 }
@@ -75,6 +78,24 @@ pub struct Qemu {
     pub serial: Option<UnixStream>,
     /// What QEMU itself has to say.
     pub stderr: Option<ChildStderr>,
+    /// What the simulated TDX module is served over.
+    pub module: Option<ModuleSide>,
+}
+
+/// This process's side of a machine with the simulated TDX module.
+pub struct ModuleSide {
+    /// The guest's RAM.
+    pub ram: Ram,
+    /// From the debug console.
+    pub doorbell: UnixStream,
+    /// The module's virtio-serial port.
+    pub channel: UnixStream,
+}
+
+impl std::fmt::Debug for ModuleSide {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModuleSide").finish_non_exhaustive()
+    }
 }
 
 impl Qemu {
@@ -93,10 +114,24 @@ impl Qemu {
         command.args(hardware.arguments(Path::new(&path(0)), Path::new(&path(1))));
         command.args(stream_arguments(&socket(2), &socket(3), &socket(4)));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let numbers = inherited.each_ref().map(AsRawFd::as_raw_fd);
+        let mut numbers = inherited.each_ref().map(AsRawFd::as_raw_fd).to_vec();
+        let mut module = None;
+        let mut far = None;
+        if hardware.accel == Accel::SimulatedTdx {
+            let ram = Ram::new(hardware.memory_mib << 20)
+                .map_err(|error| io::Error::new(error.kind(), format!("the RAM file cannot be made: {error}")))?;
+            let (doorbell, doorbell_far) = UnixStream::pair()?;
+            let (channel, channel_far) = UnixStream::pair()?;
+            let fds = [ram.file().as_raw_fd(), doorbell_far.as_raw_fd(), channel_far.as_raw_fd()];
+            command.args(module_arguments(hardware.memory_mib, fds));
+            numbers.extend(fds);
+            module = Some(ModuleSide { ram, doorbell, channel });
+            far = Some((doorbell_far, channel_far));
+        }
         let mut child = spawn(&mut command, &numbers)?;
+        drop(far);
         let stderr = child.stderr.take();
-        Ok(Qemu { child, console: Some(console), virtio: Some(virtio), serial: Some(serial), stderr })
+        Ok(Qemu { child, console: Some(console), virtio: Some(virtio), serial: Some(serial), stderr, module })
     }
 
     /// The exit status once the process has ended.
@@ -156,12 +191,29 @@ pub fn stream_arguments(console: &str, virtio: &str, serial: &str) -> Vec<String
         "-chardev",
         &format!("{virtio},id=virtio"),
         "-device",
-        "virtio-serial-pci,max_ports=2",
+        "virtio-serial-pci,max_ports=3",
         "-device",
         &device,
     ]
     .map(str::to_owned)
     .into()
+}
+
+/// RAM in a file, the doorbell and the module's port, over these descriptors.
+fn module_arguments(memory_mib: u64, [ram, doorbell, channel]: [RawFd; 3]) -> Vec<String> {
+    let words = [
+        "-object",
+        &format!("memory-backend-file,id=ram,mem-path=/proc/self/fd/{ram},share=on,size={memory_mib}M"),
+        "-chardev",
+        &format!("socket,fd={doorbell},id=doorbell"),
+        "-device",
+        &format!("isa-debugcon,iobase={:#x},chardev=doorbell", bridge::PORT),
+        "-chardev",
+        &format!("socket,fd={channel},id=module"),
+        "-device",
+        &format!("virtserialport,chardev=module,name={}", crate::inject::PORT_NAME),
+    ];
+    words.map(str::to_owned).into()
 }
 
 /// Starts `command` in a process group of its own, so that the terminal's Ctrl-C reaches only this program.

@@ -28,7 +28,16 @@ use std::sync::Arc;
 /// `KVM_ENABLE_CAP`.
 const KVM_ENABLE_CAP: Ioctl = libc::_IOW::<kvm_enable_cap>(0xae, 0xa3);
 
-/// ATTRIBUTES.SEPT_VE_DISABLE: an access to a page that was not accepted leaves the guest, which has no #VE handler.
+/// What an access of the guest to a page that it has not accepted comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::kvm) enum Pending {
+    /// #VE, and the payload accepts the page.
+    Accept,
+    /// A TD exit, after which KVM lets the VM die: ATTRIBUTES.SEPT_VE_DISABLE.
+    Exit,
+}
+
+/// ATTRIBUTES.SEPT_VE_DISABLE.
 const SEPT_VE_DISABLE: u64 = 1 << 28;
 /// XFAM: x87 and SSE, which every TD has.
 const XFAM: u64 = 3;
@@ -49,12 +58,12 @@ pub(in crate::kvm) struct TdGuest {
 ///
 /// # Errors
 /// EINVAL for more vCPUs than the payload has areas for, or the errno of the call that failed.
-pub(in crate::kvm) fn build(kvm: &Kvm, vm: &VmFd, slot: u32, vcpus: u32) -> Result<TdGuest, Errno> {
+pub(in crate::kvm) fn build(kvm: &Kvm, vm: &VmFd, slot: u32, vcpus: u32, pending: Pending) -> Result<TdGuest, Errno> {
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| Errno::from_raw(error.errno()))?;
     let supported = supported.as_slice();
     let payload = Arc::new(Payload::new(vcpus, BootParameter::Td)?);
     split_irqchip(vm)?;
-    init_vm(vm, supported)?;
+    init_vm(vm, supported, pending)?;
     let mut fds = BTreeMap::new();
     for id in 0..vcpus {
         let vcpu = vm.create_vcpu(u64::from(id)).map_err(|error| Errno::from_raw(error.errno()))?;
@@ -93,9 +102,9 @@ fn capabilities(vm: &VmFd) -> Result<TdxCapabilities, Errno> {
     }
 }
 
-fn init_vm(vm: &VmFd, supported: &[CpuidEntry]) -> Result<(), Errno> {
+fn init_vm(vm: &VmFd, supported: &[CpuidEntry], pending: Pending) -> Result<(), Errno> {
     let capabilities = capabilities(vm)?;
-    let attributes = SEPT_VE_DISABLE & capabilities.fixed.supported_attrs;
+    let attributes = if pending == Pending::Exit { SEPT_VE_DISABLE } else { 0 };
     let init = TdxInitVm::new(attributes, XFAM, tdx_cpuid::configured(&capabilities.entries, supported));
     command(vm, TdxCommand::new(KVM_TDX_INIT_VM, TdxData::InitVm(&init)))
 }

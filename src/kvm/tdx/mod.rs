@@ -11,5 +11,5 @@
 mod build;
 mod command;
 
-pub(super) use build::build;
+pub(super) use build::{Pending, build};
 pub(super) use command::{issue, issue_unreadable};

@@ -4,6 +4,8 @@ use std::fs;
 
 use kvm_ioctls::{Kvm, VmFd};
 
+use crate::machine::VmType;
+
 /// Sets the guest up for QEMU's TCG; what is returned must be kept.
 ///
 /// * A VM that stays. The first VM and the end of the last one switch a static key in the scheduler
@@ -16,5 +18,7 @@ pub fn ease() -> Option<VmFd> {
     // Without CONFIG_SYSCTL it stays as it is, and tests take longer to start.
     let _ = fs::write("/proc/sys/kernel/randomize_va_space", "0");
     // Where there is no KVM, there is nothing to hold.
-    Kvm::new().and_then(|kvm| kvm.create_vm()).ok()
+    let kvm = Kvm::new().ok()?;
+    // Where KVM has no VMX, TDs are all that it creates.
+    kvm.create_vm().or_else(|_| kvm.create_vm_with_type(VmType::Tdx.number())).ok()
 }

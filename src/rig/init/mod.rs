@@ -7,6 +7,7 @@ mod command;
 mod devices;
 mod emulated;
 mod limits;
+mod module;
 mod modules;
 mod mounts;
 mod port;
@@ -49,7 +50,10 @@ fn serve(task: &Task, complaints: &mut Vec<String>) {
     complaints.extend(modules::load(&task.modules));
     complaints.extend(devices::populate());
     limits::raise();
-    let _held = if task.accel == Accel::Tcg { emulated::ease() } else { None };
+    let _held = match task.accel {
+        Accel::Kvm => None,
+        Accel::Tcg | Accel::SimulatedTdx => emulated::ease(),
+    };
     let words = kernel_words();
     match &task.duty {
         Duty::Run(arguments) if words.iter().any(|word| word == CONSOLE_PORT) => {
@@ -60,6 +64,9 @@ fn serve(task: &Task, complaints: &mut Vec<String>) {
         Duty::Run(arguments) => match port::open() {
             Some(port) => {
                 let port = Arc::new(port);
+                if task.accel == Accel::SimulatedTdx {
+                    complaints.extend(module::broker());
+                }
                 let hello = hello(port.name(), std::mem::take(complaints));
                 port.send(&Frame::Hello(hello));
                 let end = command::run(arguments, &port);

@@ -54,16 +54,21 @@ pub fn open() -> Option<Port> {
 }
 
 fn virtio() -> Option<File> {
+    named(PORT_NAME, OpenOptions::new().write(true))
+}
+
+/// The virtio-serial port of this name.
+pub fn named(wanted: &str, options: &OpenOptions) -> Option<File> {
     let start = Instant::now();
     // No driver, no port.
     while Path::new("/sys/bus/virtio/drivers/virtio_console").exists() && start.elapsed() < PATIENCE {
         let ports = fs::read_dir("/sys/class/virtio-ports").ok()?;
         let named = ports
             .flatten()
-            .find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == PORT_NAME));
+            .find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == wanted));
         if let Some(port) = named {
             super::devices::populate();
-            if let Ok(file) = OpenOptions::new().write(true).open(Path::new("/dev").join(port.file_name())) {
+            if let Ok(file) = options.open(Path::new("/dev").join(port.file_name())) {
                 return Some(file);
             }
         }

@@ -4,6 +4,7 @@ use super::super::host::Order;
 use super::super::mmu::slots::USER_SLOTS;
 use super::super::mmu::tdx::SHARED_BIT;
 use super::super::mmu::{Region, RegionTarget, VmId};
+use super::super::profile::PendingAccess;
 use super::Shared;
 use super::gmem::SimGmem;
 use super::vcpu::SimVcpu;
@@ -32,8 +33,10 @@ impl SimVm {
             if let (Some(vcpus), Some(vm)) = (config.payload_vcpus(), world.vms.get_mut(&id)) {
                 vm.payload_vcpus = Some(vcpus);
                 if vm_type == VmType::Tdx {
-                    let mut built = world.tdx_build(id, vcpus);
-                    if matches!(config, VmConfig::Payload { .. }) {
+                    let finalized = matches!(config, VmConfig::Payload { .. });
+                    let pending = if finalized { world.profile.pending } else { PendingAccess::Exit };
+                    let mut built = world.tdx_build(id, vcpus, pending);
+                    if finalized {
                         built = built.and_then(|()| world.tdx_finalize(id).result);
                     }
                     if let Err(errno) = built {

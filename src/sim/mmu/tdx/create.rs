@@ -186,9 +186,9 @@ impl World {
     ///
     /// # Errors
     /// Those of the steps.
-    pub fn tdx_build(&mut self, vm: VmId, vcpus: u32) -> Result<(), Errno> {
+    pub fn tdx_build(&mut self, vm: VmId, vcpus: u32, pending: PendingAccess) -> Result<(), Errno> {
         self.live_vm(vm)?.split_irqchip = true;
-        let attributes = if self.profile.pending == PendingAccess::Exit { ATTR_SEPT_VE_DISABLE } else { 0 };
+        let attributes = if pending == PendingAccess::Exit { ATTR_SEPT_VE_DISABLE } else { 0 };
         let cpuid = vec![[0; 4]; self.tdx_host().module.platform().cpuid_configs.len()];
         let config = TdConfig { attributes, xfam: 3, cpuid, measurements: [[0; 6]; 3] };
         self.tdx_init_vm(vm, &config).result?;

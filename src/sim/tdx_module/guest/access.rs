@@ -10,13 +10,24 @@ use super::super::vcpu::VeInfo;
 use super::exit::{Extended, Report};
 use super::{Access, GuestException, GuestOutcome, exit_reason};
 
+/// What a write replaces: those bits of a word that `mask` covers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Store {
+    pub value: u64,
+    pub mask: u64,
+}
+
+impl Store {
+    const NONE: Store = Store { value: 0, mask: 0 };
+}
+
 impl Module {
     /// The guest on `lp` reads the 8 bytes at `gpa`.
     ///
     /// # Errors
     /// The processor runs no guest, or has a TDCALL held.
     pub fn guest_read(&mut self, lp: LpId, gpa: u64) -> Result<GuestOutcome, LpError> {
-        self.guest_access(lp, gpa, Access::Read, 0)
+        self.guest_access(lp, gpa, Access::Read, Store::NONE)
     }
 
     /// The guest on `lp` writes 8 bytes at `gpa`.
@@ -24,7 +35,15 @@ impl Module {
     /// # Errors
     /// The processor runs no guest, or has a TDCALL held.
     pub fn guest_write(&mut self, lp: LpId, gpa: u64, value: u64) -> Result<GuestOutcome, LpError> {
-        self.guest_access(lp, gpa, Access::Write, value)
+        self.guest_access(lp, gpa, Access::Write, Store { value, mask: u64::MAX })
+    }
+
+    /// The guest on `lp` writes those of the 8 bytes at `gpa`, 8-aligned, that `mask` covers.
+    ///
+    /// # Errors
+    /// The processor runs no guest, or has a TDCALL held.
+    pub fn guest_write_masked(&mut self, lp: LpId, gpa: u64, value: u64, mask: u64) -> Result<GuestOutcome, LpError> {
+        self.guest_access(lp, gpa, Access::Write, Store { value, mask })
     }
 
     /// The guest on `lp` fetches an instruction at `gpa`.
@@ -32,10 +51,10 @@ impl Module {
     /// # Errors
     /// The processor runs no guest, or has a TDCALL held.
     pub fn guest_fetch(&mut self, lp: LpId, gpa: u64) -> Result<GuestOutcome, LpError> {
-        self.guest_access(lp, gpa, Access::Fetch, 0)
+        self.guest_access(lp, gpa, Access::Fetch, Store::NONE)
     }
 
-    fn guest_access(&mut self, lp: LpId, gpa: u64, access: Access, value: u64) -> Result<GuestOutcome, LpError> {
+    fn guest_access(&mut self, lp: LpId, gpa: u64, access: Access, store: Store) -> Result<GuestOutcome, LpError> {
         let tdvpr = self.guest_on(lp)?;
         if self.lp_mut(lp)?.interrupt == Interrupt::Pending {
             return Ok(self.interrupt_exit(lp, tdvpr));
@@ -47,14 +66,18 @@ impl Module {
             return Ok(GuestOutcome::Exception(GuestException::ReservedPageFault));
         }
         if !gpaw.is_private(gpa) {
-            return Ok(self.fault_exit(lp, tdvpr, Report::violation(gpa, access as u64, Extended::None)));
+            return Ok(self.shared_access(lp, tdvpr, gpa, access, store));
         }
         let Some(translation) = self.translate(lp, tdr, gpa, access) else {
             return Ok(self.private_violation(lp, tdvpr, gpa, access));
         };
         let hpa = (translation.hpa + gpa % span(translation.level)) & !7;
         let result = match access {
-            Access::Write => self.write_private(hpa, hkid, value).map(|()| GuestOutcome::Done),
+            Access::Write if store.mask != u64::MAX => self.read_as(hpa, hkid).and_then(|old| {
+                let merged = old & !store.mask | store.value & store.mask;
+                self.write_private(hpa, hkid, merged).map(|()| GuestOutcome::Done)
+            }),
+            Access::Write => self.write_private(hpa, hkid, store.value).map(|()| GuestOutcome::Done),
             Access::Read => self.read_as(hpa, hkid).map(GuestOutcome::Value),
             Access::Fetch => self.read_as(hpa, hkid).map(|_| GuestOutcome::Done),
         };
@@ -110,7 +133,7 @@ impl Module {
     }
 
     /// #VE for an EPT violation, or #DF while the last one is unread.
-    fn raise_ve(&mut self, tdvpr: u64, gpa: u64, qualification: u64) -> GuestOutcome {
+    pub(super) fn raise_ve(&mut self, tdvpr: u64, gpa: u64, qualification: u64) -> GuestOutcome {
         let info =
             VeInfo { valid: true, exit_reason: exit_reason::EPT_VIOLATION, qualification, gpa, ..VeInfo::default() };
         let Some(vcpu) = self.vcpu_mut(tdvpr) else { return GuestOutcome::Done };

@@ -156,6 +156,16 @@ impl Module {
         Ok(as_exit(self.interrupt_exit(lp, tdvpr)))
     }
 
+    /// Takes the processor out of the guest as an SMI does: the host goes on as if nothing had been, and takes what is pending for it. For
+    /// a host whose interrupt is known to be pending, but not its vector.
+    ///
+    /// # Errors
+    /// The processor runs no guest, or has a TDCALL held.
+    pub fn kick_by_smi(&mut self, lp: LpId) -> Result<TdExit, LpError> {
+        let tdvpr = self.guest_on(lp)?;
+        Ok(as_exit(self.fault_exit(lp, tdvpr, Report { reason: exit_reason::OTHER_SMI, ..Report::default() })))
+    }
+
     /// The exit of a pending external interrupt.
     pub(crate) fn interrupt_exit(&mut self, lp: LpId, tdvpr: u64) -> GuestOutcome {
         self.fault_exit(lp, tdvpr, Report { reason: exit_reason::EXTERNAL_INTERRUPT, ..Report::default() })

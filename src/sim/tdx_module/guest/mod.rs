@@ -7,6 +7,8 @@ mod accept;
 mod access;
 mod attr;
 mod exit;
+mod nmi;
+mod shared;
 mod tdcall;
 
 use std::fmt;
@@ -23,6 +25,8 @@ pub mod exit_reason {
     pub const EXTERNAL_INTERRUPT: u32 = 1;
     /// Triple fault.
     pub const TRIPLE_FAULT: u32 = 2;
+    /// An SMI other than an I/O SMI: the host has handled it by the time it has control.
+    pub const OTHER_SMI: u32 = 6;
     /// HLT.
     pub const HLT: u32 = 12;
     /// EPT violation.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -88,6 +89,15 @@ impl PhysicalMemory for MappedMemory {
         }
     }
 
+    fn update_u64(&mut self, pa: u64, mask: u64, value: u64) {
+        let Some(word) = self.word(pa) else { return };
+        // SAFETY: `word` returns an aligned word of a live mapping, and nobody holds a Rust reference to it.
+        let word = unsafe { AtomicU64::from_ptr(word) };
+        let merged = |old: u64| Some((u64::from_le(old) & !mask | value & mask).to_le());
+        // The closure never declines, so that there is no error.
+        let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, merged);
+    }
+
     fn fill(&mut self, pa: u64, len: u64, pattern: u64, tag: LineTag) {
         for at in (pa..pa + len).step_by(8) {
             self.write_u64(at, pattern);
@@ -139,6 +149,8 @@ mod tests {
         file.write_at(&7u64.to_le_bytes(), 0x1000).unwrap();
         assert_eq!(memory.read_u64(0x1000), 7);
         assert_eq!(memory.read_u64(0x3000), 0);
+        memory.update_u64(0x1000, 0xFF00, 0x1234);
+        assert_eq!(memory.read_u64(0x1000), 0x1207);
         memory.copy_page(0x1000, 0, LineTag::private(32));
         assert_eq!((memory.read_u64(0), memory.tag(0), memory.tag(0x1000)), (7, LineTag::private(32), LineTag::HOST));
         assert!(MappedMemory::new(&file, &[Window { pa: 0, len: 1, offset: 0 }]).is_err());

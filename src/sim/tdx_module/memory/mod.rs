@@ -50,6 +50,13 @@ pub trait PhysicalMemory: Send {
     /// Replaces the 8 bytes at `pa`, which is 8-aligned. Leaves the line's tag alone.
     fn write_u64(&mut self, pa: u64, value: u64);
 
+    /// Replaces the bits in `mask` of the 8 bytes at `pa`, which is 8-aligned, in one step as the other party sees it. Leaves the line's
+    /// tag alone.
+    fn update_u64(&mut self, pa: u64, mask: u64, value: u64) {
+        let word = self.read_u64(pa);
+        self.write_u64(pa, word & !mask | value & mask);
+    }
+
     /// Sets `len` bytes from `pa` to the repeated word `pattern` and their lines to `tag`; both 64-aligned.
     fn fill(&mut self, pa: u64, len: u64, pattern: u64, tag: LineTag);
 
