@@ -48,6 +48,7 @@ selftests! {
     "../selftests/tdx_lifecycle.rs" tdx_lifecycle,
     "../selftests/tdx_refused.rs" tdx_refused,
     "../selftests/tdx_guest.rs" tdx_guest,
+    "../selftests/tdx_stale.rs" tdx_stale,
 }
 
 fn main() -> ExitCode {

@@ -150,25 +150,25 @@ impl World {
     /// KVM_CREATE_VCPU.
     ///
     /// # Errors
-    /// EIO, EINVAL for an id above the limit, EEXIST. A TD: EIO unless it is exactly INITIALIZED (the payload's vCPUs were
+    /// EIO, EINVAL for an id above the limit, EEXIST. Then, of a TD: EIO unless it is exactly INITIALIZED (the payload's vCPUs were
     /// made before it was finalised, and are handed out once), then EINVAL without a split irqchip.
     pub fn create_vcpu(&mut self, id: VmId, vcpu: u32) -> Result<(), Errno> {
         let vm = self.live_vm(id)?;
         if vcpu >= 4096 {
             return Err(Errno::EINVAL);
         }
+        if vm.vcpu_ids.contains(&vcpu) {
+            return Err(Errno::EEXIST);
+        }
         if vm.has_mirror() {
             let td = vm.td.as_ref().ok_or(Errno::EIO)?;
-            let waits = vm.payload_vcpus.is_some() && td.vcpus.contains_key(&vcpu) && !vm.vcpu_ids.contains(&vcpu);
+            let waits = vm.payload_vcpus.is_some() && td.vcpus.contains_key(&vcpu);
             if !waits && td.state != TdState::Initialized {
                 return Err(Errno::EIO);
             }
             if !vm.split_irqchip {
                 return Err(Errno::EINVAL);
             }
-        }
-        if vm.vcpu_ids.contains(&vcpu) {
-            return Err(Errno::EEXIST);
         }
         vm.vcpu_ids.push(vcpu);
         vm.vcpus.insert(vcpu, VcpuStats::default());
