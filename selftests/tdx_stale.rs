@@ -59,7 +59,8 @@ impl Scene {
         let vcpu = td.ready_vcpu(0)?;
         let len = PAGES * PAGE_SIZE;
         let gmem = claim_ok!(td.vm.create_guest_memfd(len, GUEST_MEMFD_FLAG_MMAP), "a mappable file of a TD");
-        let shared = claim_ok!(cx.machine().host_memory(HostMemory::Anonymous, len));
+        // Memory that nobody may touch: what is mapped can come from the file only.
+        let shared = claim_ok!(cx.machine().host_memory(HostMemory::NoAccess, len));
         let region = MemoryRegion::new(Td::SLOT, Td::GPA, len).at(shared.addr()).bound_to(&*gmem, 0);
         claim_ok!(td.vm.set_memory_region(&region));
         claim_eq!(td.finalize()?, TdxAnswer::OK, "KVM_TDX_FINALIZE_VM");

@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use super::failure::Failure;
 use super::machines::Machines;
-use crate::harness::Stop;
 use crate::harness::exit::GOOD;
-use crate::machine::{Availability, Facility, MachineSpec};
+use crate::harness::{Stop, unmap_failure};
+use crate::machine::{Availability, Facility, Machine, MachineSpec};
 use crate::observe::Environment;
 
 /// The flags of `probe`.
@@ -47,6 +47,17 @@ struct ProbedMachine {
     #[serde(skip_serializing_if = "Option::is_none")]
     absent: Option<Missing>,
     facilities: Vec<ProbedFacility>,
+    /// What it does when a private page cannot be unmapped, on machines with a TDX module.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unmap_failure: Option<ProbedUnmap>,
+}
+
+#[derive(Debug, Serialize)]
+struct ProbedUnmap {
+    answer: String,
+    /// What was seen.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    evidence: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -92,12 +103,19 @@ pub(super) fn probe(arguments: &ProbeArguments, machines: &Machines) -> Result<E
 }
 
 fn probed(spec: &MachineSpec, machines: &Machines) -> ProbedMachine {
-    let mut probed = ProbedMachine { spec: spec.to_string(), release: None, absent: None, facilities: Vec::new() };
+    let mut probed = ProbedMachine {
+        spec: spec.to_string(),
+        release: None,
+        absent: None,
+        facilities: Vec::new(),
+        unmap_failure: None,
+    };
     match (machines.open)(spec) {
         Ok(machine) => {
             probed.release = Some(machine.release().to_string());
             let ask = |&facility: &Facility| ProbedFacility::new(facility, machine.facility(facility));
             probed.facilities = Facility::ALL.iter().map(ask).collect();
+            probed.unmap_failure = unmap_failure(&*machine);
         }
         Err(Stop::Skip { kind, reason }) => {
             probed.absent = Some(Missing { kind: kind.word(), why: reason, mend: String::new() });
@@ -107,6 +125,20 @@ fn probed(spec: &MachineSpec, machines: &Machines) -> ProbedMachine {
         }
     }
     probed
+}
+
+/// Makes one unmap fail, where the machine has a TDX module that can be made to fail.
+fn unmap_failure(machine: &dyn Machine) -> Option<ProbedUnmap> {
+    if !machine.facility(Facility::Tdx).is_present() {
+        return None;
+    }
+    let (answer, evidence) = match (machine.facility(Facility::ModuleInjection), unmap_failure::measure(machine)) {
+        (Availability::Absent { kind, .. }, _) => (format!("not measured ({kind})"), String::new()),
+        (_, None) => ("not measured (the module cannot be reached)".to_owned(), String::new()),
+        (_, Some(Ok(seen))) => (seen.answer(), seen.to_string()),
+        (_, Some(Err(why))) => (format!("not measured ({why})"), String::new()),
+    };
+    Some(ProbedUnmap { answer, evidence })
 }
 
 impl ProbedFacility {
@@ -144,6 +176,12 @@ fn pretty(probe: &Probe, out: &mut impl Write) -> io::Result<()> {
                         writeln!(out, "           {:<22} would need: {mend}", "")?;
                     }
                 }
+            }
+        }
+        if let Some(unmap) = &machine.unmap_failure {
+            writeln!(out, "  unmap failure: {}", unmap.answer)?;
+            if !unmap.evidence.is_empty() {
+                writeln!(out, "           seen: {}", unmap.evidence)?;
             }
         }
     }

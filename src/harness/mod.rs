@@ -30,6 +30,7 @@ pub mod select;
 mod stop;
 mod td;
 pub mod test;
+pub mod unmap_failure;
 pub mod watch;
 pub mod wire;
 

@@ -1,0 +1,201 @@
+//! What the machine does when a private page cannot be unmapped, found out by making one unmap fail.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::machine::{
+    Errno, GuestMemfd, HostMemory, Machine, MemoryAttributes, MemoryRegion, ModuleFault, PAGE_SIZE, PageAccount,
+    TdxModule, Vm, VmConfig,
+};
+use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
+
+/// TDH.MEM.PAGE.AUG.
+const PAGE_AUG: u16 = 6;
+/// TDH.MEM.PAGE.REMOVE.
+const PAGE_REMOVE: u16 = 29;
+/// TDX_OPERAND_INVALID of RCX: nothing that is tried again.
+const STATUS: u64 = 0xc000_0100_0000_0001;
+/// Where the page is in the guest.
+const GPA: u64 = 1 << 32;
+/// Pages that are taken from the allocator to see whether the stuck one is among them.
+const SEARCHED: u64 = 2048;
+/// KPF_BUDDY.
+const BUDDY: u64 = 1 << 10;
+/// KPF_HWPOISON.
+const HWPOISON: u64 = 1 << 19;
+/// KPF_NOPAGE.
+const NOPAGE: u64 = 1 << 20;
+
+/// What was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnmapFailure {
+    /// What the conversion to shared returned, where the machine converts.
+    pub conversion: Result<(), Errno>,
+    /// What FALLOC_FL_PUNCH_HOLE returned.
+    pub punch: Result<(), Errno>,
+    /// Whether the ioctls of the VM are EIO afterwards.
+    pub vm_dead: bool,
+    /// Whether the module still counts the page as the TD's.
+    pub owned: bool,
+    /// Whether the page is the kernel's again, to be given to whoever asks.
+    pub freed: bool,
+    /// Whether the page is marked poisoned.
+    pub poisoned: bool,
+    /// References to the page: mapped, and after the conversion failed. `None` where they are not counted.
+    pub references: Option<(u32, u32)>,
+    /// Whether one of them was the mapping's, before anything failed.
+    pub pinned: Option<bool>,
+}
+
+impl UnmapFailure {
+    /// The name of the answer, as in the machine option `policy=`, and what becomes of the page.
+    pub fn answer(&self) -> String {
+        let page = match (self.freed, self.owned) {
+            (true, true) => "page reused while owned",
+            (true, false) => "page reused",
+            (false, _) => "page kept",
+        };
+        let name = match (self.freed, self.pinned, self.references) {
+            _ if self.punch.is_err() => "fail-unmap",
+            (true, _, _) if self.vm_dead => "bug-vm",
+            (true, _, _) => "none",
+            _ if self.poisoned => "poison",
+            (_, Some(true), _) => "pin-mapped",
+            (_, _, Some((mapped, failed))) if failed > mapped => "hold-on-error",
+            (_, _, Some(_)) => "gfn-count",
+            (_, _, None) => "pin-mapped or hold-on-error",
+        };
+        match self.punch {
+            Err(errno) => format!("{name} ({errno}, {page})"),
+            Ok(()) => format!("{name} ({page})"),
+        }
+    }
+}
+
+impl fmt::Display for UnmapFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = |yes: bool| if yes { "yes" } else { "no" };
+        write!(f, "conversion {}, punch hole {}", shown(&self.conversion), shown(&self.punch))?;
+        write!(f, ", VM dead: {}, still the TD's: {}", word(self.vm_dead), word(self.owned))?;
+        write!(f, ", free: {}, poisoned: {}", word(self.freed), word(self.poisoned))?;
+        if let Some((mapped, failed)) = self.references {
+            write!(f, ", references {mapped} then {failed}")?;
+        }
+        Ok(())
+    }
+}
+
+fn shown(result: &Result<(), Errno>) -> String {
+    result.map_or_else(|errno| errno.to_string(), |()| "0".to_owned())
+}
+
+/// Lets TDH.MEM.PAGE.REMOVE fail for one page of a new TD, converts the page, punches it out of its file, and looks.
+///
+/// The page stays the TD's in the module's books for as long as the machine runs. `None` on machines whose module cannot
+/// be made to fail.
+///
+/// # Errors
+/// What failed before the unmap did, in one line.
+pub fn measure(machine: &dyn Machine) -> Option<Result<UnmapFailure, String>> {
+    let module = machine.tdx_module()?;
+    let measured = measure_with(machine, &*module);
+    let cleared = module.clear_faults().map_err(|errno| format!("taking back the fault: {errno}"));
+    Some(measured.and_then(|seen| cleared.map(|()| seen)))
+}
+
+/// Says which step failed.
+fn step<T>(what: &'static str) -> impl FnOnce(Errno) -> Result<T, String> {
+    move |errno| Err(format!("{what}: {errno}"))
+}
+
+fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFailure, String> {
+    let start = module.position().or_else(step("the module's calls"))?;
+    let vm = machine.create_vm(VmConfig::Payload { vcpus: 1 }).or_else(step("a TD"))?;
+    let gmem = vm.create_guest_memfd(PAGE_SIZE, 0).or_else(step("a guest_memfd"))?;
+    let shared = machine.host_memory(HostMemory::Shmem, PAGE_SIZE).or_else(step("shared memory"))?;
+    let region = MemoryRegion::new(1, GPA, PAGE_SIZE).at(shared.addr()).bound_to(&*gmem, 0);
+    vm.set_memory_region(&region).or_else(step("a slot"))?;
+    convert(&*vm, &*gmem, KVM_MEMORY_ATTRIBUTE_PRIVATE).or_else(step("the conversion to private"))?;
+    let mut vcpu = vm.create_vcpu(0).or_else(step("a vCPU"))?;
+    vcpu.pre_fault(GPA, PAGE_SIZE, 0).result.or_else(step("KVM_PRE_FAULT_MEMORY"))?;
+    let calls = module.calls_since(start).or_else(step("the module's calls"))?;
+    let mapped =
+        calls.iter().rev().find(|call| call.leaf == PAGE_AUG && !call.guest && call.operands[0] & !0xfff == GPA);
+    let frame = mapped.ok_or("the page was not mapped by TDH.MEM.PAGE.AUG")?.operands[2] / PAGE_SIZE;
+
+    let before = account(machine, &gmem);
+    module.add_fault(&ModuleFault::always(PAGE_REMOVE, STATUS).at(GPA)).or_else(step("a fault"))?;
+    let conversion = convert(&*vm, &*gmem, 0);
+    let failed = account(machine, &gmem);
+    let poisoned_in_file = machine.page_flags(frame).unwrap_or(0) & HWPOISON != 0;
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let punch = gmem.fallocate(mode, 0, PAGE_SIZE as i64);
+    let owner = module.page_owner(frame).or_else(step("the page's owner"))?;
+    let flags = machine.page_flags(frame).unwrap_or(0);
+    // A poisoned page is taken out when it is freed, and then it is none any more.
+    let poisoned = poisoned_in_file || flags & HWPOISON != 0;
+    let free = flags & (BUDDY | NOPAGE) != 0;
+    Ok(UnmapFailure {
+        conversion,
+        punch,
+        vm_dead: vm.capability(0) == Err(Errno::EIO),
+        owned: !owner.is_free(),
+        freed: punch.is_ok() && !poisoned && (free || is_given_out(machine, frame)?),
+        poisoned,
+        references: before.as_ref().zip(failed.as_ref()).map(|(before, failed)| (before.refs, failed.refs)),
+        pinned: before.as_ref().and_then(|account| account.held_by("sept-pin")).map(|pins| pins > 0),
+    })
+}
+
+/// Conversion of the page, by the VM where it keeps the attributes, by the file where that does.
+fn convert(vm: &dyn Vm, gmem: &dyn GuestMemfd, attributes: u64) -> Result<(), Errno> {
+    let range = MemoryAttributes { address: GPA, size: PAGE_SIZE, attributes, flags: 0 };
+    match vm.set_memory_attributes(&range) {
+        Err(Errno::EINVAL | Errno::ENOTTY) => gmem.convert(0, PAGE_SIZE, attributes).map_err(|error| error.errno),
+        result => result,
+    }
+}
+
+fn account(machine: &dyn Machine, gmem: &Arc<dyn GuestMemfd>) -> Option<PageAccount> {
+    // A new page waits for its LRU list with a reference more.
+    let _ = machine.drain_lru();
+    machine.page_account(&**gmem, 0).ok().flatten()
+}
+
+/// Whether the kernel gives a frame to somebody else: pages are taken from it until it comes, or for a while.
+fn is_given_out(machine: &dyn Machine, frame: u64) -> Result<bool, String> {
+    let pages = machine.host_memory(HostMemory::Shmem, SEARCHED * PAGE_SIZE).or_else(step("memory to search"))?;
+    for page in 0..SEARCHED {
+        pages.write_u64(page * PAGE_SIZE, 1).map_err(|fault| format!("memory to search: {fault:?}"))?;
+        if pages.frame(page * PAGE_SIZE).or_else(step("the frame of a page"))? == frame {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::SimMachine;
+
+    #[test]
+    fn every_answer_of_the_model_is_recognised() {
+        for (spec, answer) in [
+            ("sim:tdx", "bug-vm (page reused while owned)"),
+            ("sim:tdx,kernel=6.16", "pin-mapped (page kept)"),
+            ("sim:tdx,kernel=6.18", "pin-mapped (page kept)"),
+            ("sim:tdx,policy=hold-on-error", "hold-on-error (page kept)"),
+            ("sim:tdx,policy=gfn-count", "gfn-count (page kept)"),
+            ("sim:tdx,policy=poison", "poison (page kept)"),
+            ("sim:tdx,policy=fail-unmap", "fail-unmap (EFAULT: Bad address, page kept)"),
+        ] {
+            let machine = SimMachine::open(&spec.parse().unwrap()).unwrap();
+            let seen = measure(&machine).unwrap().unwrap();
+            assert_eq!(seen.answer(), answer, "{spec}: {seen}");
+            assert!(seen.owned, "{spec}");
+        }
+        let machine = SimMachine::open(&"sim:default".parse().unwrap()).unwrap();
+        assert!(measure(&machine).is_none());
+    }
+}
