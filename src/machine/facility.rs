@@ -152,6 +152,8 @@ facilities! {
     InPlaceConversion = "in-place-conversion",
     /// Memory that is private to the guest: the VM type has private memory.
     PrivateMemory = "private-memory",
+    /// The guest takes private memory into use by touching it: nothing has to be accepted, or the payload accepts at a #VE.
+    LazyAccept = "lazy-accept",
     /// Handles are file descriptors of the running kernel: dup, fork, exec, SCM_RIGHTS mean something.
     RealFiles = "real-files",
     /// cachestat(2), CONFIG_CACHESTAT_SYSCALL, 6.5.
