@@ -1,12 +1,12 @@
 //! Conversions that the guest asks for: KVM_HC_MAP_GPA_RANGE, and the data on both sides of them.
 
-use gmemtest::harness::{Context, GmemVm, TestResult};
+use gmemtest::harness::{Context, GmemVm, Side, TestResult};
 use gmemtest::machine::{Errno, Exit, GuestOp, PAGE_SIZE, Reply, Vcpu, VmConfig, VmType};
-use gmemtest::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 use gmemtest::uapi::kvm_para::{
     KVM_ENOSYS, KVM_EXIT_HYPERCALL_LONG_MODE, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_DECRYPTED,
     KVM_MAP_GPA_RANGE_ENCRYPTED,
 };
+use gmemtest::uapi::tdvmcall;
 use gmemtest::{claim_eq, claim_matches, claim_ok, fail};
 use kvm_bindings::KVM_CAP_EXIT_HYPERCALL;
 
@@ -17,24 +17,28 @@ gmemtest::suite! {
         /// (kvm_vm_ioctl_enable_cap()). A failure means that a hypercall can be asked for that KVM does not hand out.
         only_advertised_hypercalls_can_be_enabled[MASKS];
 
-        /// Without the capability enabled the guest gets -KVM_ENOSYS and user space hears nothing. A failure means that
-        /// user space gets exits that it did not ask for.
+        /// Without the capability enabled the guest gets -KVM_ENOSYS, in a TD TDVMCALL_STATUS_SUBFUNC_UNSUPPORTED
+        /// (tdx_map_gpa()), and user space hears nothing. A failure means that user space gets exits that it did not ask
+        /// for.
         hypercall_is_unknown_until_enabled;
 
         /// The mask replaces the one before: 0 disables the exit again. A failure leaves an exit on for ever.
         mask_replaces_the_one_before;
 
         /// The exit carries the address, the number of pages and the attributes as the guest gave them, and the flag for
-        /// 64-bit mode; the attributes are not looked at (kvm_emulate_hypercall()). A failure makes a VMM convert something
-        /// else.
+        /// 64-bit mode; the attributes are not looked at (kvm_emulate_hypercall()). A TD gives no attributes but an address
+        /// with or without the SHARED bit: the exit has the address without it and ENCRYPTED or nothing (tdx_map_gpa()). A
+        /// failure makes a VMM convert something else.
         exit_carries_the_arguments[ARGUMENTS];
 
-        /// What user space writes to hypercall.ret is what the guest gets; 0 is there already. A failure means that a guest
-        /// believes a conversion that did not happen.
+        /// What user space writes to hypercall.ret is what the guest gets; 0 is there already. In a TD EAGAIN becomes
+        /// TDVMCALL_STATUS_RETRY, EINVAL becomes TDVMCALL_STATUS_INVALID_OPERAND, and any other value makes KVM_RUN fail with
+        /// EINVAL (tdx_complete_vmcall_map_gpa()). A failure means that a guest believes a conversion that did not happen.
         guest_gets_the_value_of_user_space[VALUES];
 
-        /// A range that is unaligned, empty or wraps is -KVM_EINVAL to the guest without an exit. A failure hands garbage
-        /// to user space.
+        /// A range that is unaligned, empty or wraps is -KVM_EINVAL to the guest without an exit; in a TD the statuses are
+        /// TDVMCALL_STATUS_ALIGN_ERROR and TDVMCALL_STATUS_INVALID_OPERAND (tdx_map_gpa()). A failure hands garbage to user
+        /// space.
         wrong_range_is_refused_without_an_exit[WRONG];
 
         /// A range converted to private and back keeps both of its contents, and the memory around it is untouched
@@ -90,23 +94,25 @@ fn vcpu_with(cx: &Context, masks: &[u64]) -> TestResult<Box<dyn Vcpu>> {
 }
 
 const ONE_PAGE: GuestOp = GuestOp::MapGpa { gpa: BASE, pages: 1, attributes: KVM_MAP_GPA_RANGE_ENCRYPTED };
-const NO_SUCH_CALL: Exit = Exit::Done(KVM_ENOSYS.wrapping_neg());
+
+fn is_td(cx: &Context) -> bool {
+    cx.machine().spec().vm_type == VmType::Tdx
+}
+
+/// What the guest gets for a hypercall that is not enabled.
+fn no_such_call(cx: &Context) -> Exit {
+    Exit::Done(if is_td(cx) { tdvmcall::STATUS_SUBFUNC_UNSUPPORTED } else { KVM_ENOSYS.wrapping_neg() })
+}
 
 fn hypercall_is_unknown_until_enabled(cx: &Context) -> TestResult {
-    if cx.machine().spec().vm_type == VmType::Tdx {
-        gmemtest::skip!(Declined, "a TD answers with a status of its own");
-    }
     let mut vcpu = vcpu_with(cx, &[])?;
-    claim_eq!(vcpu.execute(ONE_PAGE), NO_SUCH_CALL, "the hypercall in a VM that did not enable it");
+    claim_eq!(vcpu.execute(ONE_PAGE), no_such_call(cx), "the hypercall in a VM that did not enable it");
     Ok(())
 }
 
 fn mask_replaces_the_one_before(cx: &Context) -> TestResult {
-    if cx.machine().spec().vm_type == VmType::Tdx {
-        gmemtest::skip!(Declined, "a TD answers with a status of its own");
-    }
     claim_matches!(vcpu_with(cx, &[0, ENABLE])?.execute(ONE_PAGE), Exit::Hypercall { .. }, "enabled");
-    claim_eq!(vcpu_with(cx, &[ENABLE, 0])?.execute(ONE_PAGE), NO_SUCH_CALL, "enabled and disabled");
+    claim_eq!(vcpu_with(cx, &[ENABLE, 0])?.execute(ONE_PAGE), no_such_call(cx), "enabled and disabled");
     Ok(())
 }
 
@@ -120,13 +126,21 @@ const ARGUMENTS: &[(&str, [u64; 3])] = &[
     ("unknown_attributes", [BASE, 1, 0xFFFF_FFFF_FFFF_FFEF]),
     ("many_pages", [BASE, 1 << 40, 0]),
 ];
+/// More pages than there are on one side of a TD's SHARED bit, which is bit 51 at most.
+const TD_PAGES: u64 = (1 << 51) / PAGE_SIZE;
 
 fn exit_carries_the_arguments(cx: &Context, &[gpa, pages, attributes]: &[u64; 3]) -> TestResult {
     let mut vcpu = vcpu_with(cx, &[ENABLE])?;
-    match vcpu.execute(GuestOp::MapGpa { gpa, pages, attributes }) {
+    let exit = vcpu.execute(GuestOp::MapGpa { gpa, pages, attributes });
+    if is_td(cx) && pages > TD_PAGES {
+        claim_eq!(exit, Exit::Done(tdvmcall::STATUS_INVALID_OPERAND), "a range on both sides of the SHARED bit");
+        return Ok(());
+    }
+    let handed_out = if is_td(cx) { attributes & KVM_MAP_GPA_RANGE_ENCRYPTED } else { attributes };
+    match exit {
         Exit::Hypercall { nr, args, flags } => {
             claim_eq!(nr, KVM_HC_MAP_GPA_RANGE, "the number");
-            claim_eq!([args[0], args[1], args[2]], [gpa, pages, attributes], "the arguments");
+            claim_eq!([args[0], args[1], args[2]], [gpa, pages, handed_out], "the arguments");
             claim_eq!(flags, KVM_EXIT_HYPERCALL_LONG_MODE, "the flags");
         }
         other => fail!("expected KVM_EXIT_HYPERCALL, the guest ended in {other:x?}"),
@@ -135,18 +149,29 @@ fn exit_carries_the_arguments(cx: &Context, &[gpa, pages, attributes]: &[u64; 3]
     Ok(())
 }
 
-/// The reply, and what the guest gets.
-const VALUES: &[(&str, (Reply, u64))] = &[
-    ("nothing", (Reply::None, 0)),
-    ("zero", (Reply::Hypercall(0), 0)),
-    ("einval", (Reply::Hypercall(-22_i64 as u64), -22_i64 as u64)),
-    ("large", (Reply::Hypercall(0x1234_5678_9ABC_DEF0), 0x1234_5678_9ABC_DEF0)),
+/// The reply, what the guest gets, and what a TD gets: `None` where KVM_RUN is EINVAL.
+const VALUES: &[(&str, (Reply, u64, Option<u64>))] = &[
+    ("nothing", (Reply::None, 0, Some(0))),
+    ("zero", (Reply::Hypercall(0), 0, Some(0))),
+    ("eagain", (Reply::Hypercall(11), 11, Some(tdvmcall::STATUS_RETRY))),
+    ("einval", (Reply::Hypercall(22), 22, Some(tdvmcall::STATUS_INVALID_OPERAND))),
+    ("negative_einval", (Reply::Hypercall(-22_i64 as u64), -22_i64 as u64, None)),
+    ("large", (Reply::Hypercall(0x1234_5678_9ABC_DEF0), 0x1234_5678_9ABC_DEF0, None)),
 ];
 
-fn guest_gets_the_value_of_user_space(cx: &Context, &(reply, value): &(Reply, u64)) -> TestResult {
+fn guest_gets_the_value_of_user_space(cx: &Context, row: &(Reply, u64, Option<u64>)) -> TestResult {
+    let &(reply, value, status) = row;
     let mut vcpu = vcpu_with(cx, &[ENABLE])?;
     claim_matches!(vcpu.execute(ONE_PAGE), Exit::Hypercall { .. });
-    claim_eq!(vcpu.resume(reply), Exit::Done(value), "what the hypercall returned to the guest");
+    let exit = vcpu.resume(reply);
+    let expected = if is_td(cx) { status } else { Some(value) };
+    match expected {
+        Some(value) => claim_eq!(exit, Exit::Done(value), "what the hypercall returned to the guest"),
+        None => {
+            claim_matches!(exit, Exit::Failed { errno: Errno::EINVAL, .. }, "KVM_RUN after a reply that means nothing");
+            return Ok(());
+        }
+    }
     claim_matches!(vcpu.execute(ONE_PAGE), Exit::Hypercall { .. }, "the next hypercall");
     Ok(())
 }
@@ -161,8 +186,13 @@ const WRONG: &[(&str, (u64, u64))] = &[
 
 fn wrong_range_is_refused_without_an_exit(cx: &Context, &(gpa, pages): &(u64, u64)) -> TestResult {
     let mut vcpu = vcpu_with(cx, &[ENABLE])?;
-    let refused = Exit::Done(-(Errno::EINVAL as i64) as u64);
-    claim_eq!(vcpu.execute(GuestOp::MapGpa { gpa, pages, attributes: 0 }), refused, "{pages:#x} pages at {gpa:#x}");
+    let refused = match () {
+        () if !is_td(cx) => -(Errno::EINVAL as i64) as u64,
+        () if gpa.is_multiple_of(PAGE_SIZE) => tdvmcall::STATUS_INVALID_OPERAND,
+        () => tdvmcall::STATUS_ALIGN_ERROR,
+    };
+    let exit = vcpu.execute(GuestOp::MapGpa { gpa, pages, attributes: 0 });
+    claim_eq!(exit, Exit::Done(refused), "{pages:#x} pages at {gpa:#x}");
     Ok(())
 }
 
@@ -173,33 +203,31 @@ enum Backing {
     Fallocate,
 }
 
-/// A guest whose memory is shared, and its vCPU.
+/// A guest whose memory is shared at first, and its vCPU.
 struct Guest {
     vm: GmemVm,
     vcpu: Box<dyn Vcpu>,
     backing: Backing,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
-    Private,
-    Shared,
+    /// The side on which the guest reaches each page now.
+    sides: Vec<Side>,
+    /// What happens to the private contents in a conversion to shared and back: they stay in the file, but a TD's are
+    /// gone, since the module gives every page that is accepted as zeroes.
+    loses_private: bool,
 }
 
 impl Guest {
     fn new(cx: &Context, backing: Backing) -> TestResult<Guest> {
-        if cx.machine().spec().vm_type == VmType::Tdx {
-            gmemtest::skip!(Declined, "a TD says by the address whether an access is private");
-        }
         let vm = GmemVm::convertible(cx, PAGES)?;
         claim_ok!(vm.vm.enable_capability(KVM_CAP_EXIT_HYPERCALL, [ENABLE, 0, 0, 0]));
         let vcpu = vm.vcpu(0)?;
-        Ok(Guest { vm, vcpu, backing })
+        let loses_private = is_td(cx) || backing == Backing::Fallocate;
+        Ok(Guest { vm, vcpu, backing, sides: vec![Side::Shared; PAGES as usize], loses_private })
     }
 
     /// The guest asks for a conversion, and user space does it.
     fn convert(&mut self, at: u64, len: u64, side: Side) -> TestResult {
         convert(&self.vm, &mut *self.vcpu, at, len, side)?;
+        self.sides[(at / PAGE_SIZE) as usize..((at + len) / PAGE_SIZE) as usize].fill(side);
         match (self.backing, side) {
             (Backing::Keep, _) => {}
             (Backing::Fallocate, Side::Private) => claim_ok!(self.vm.gmem.allocate(at, len)),
@@ -208,14 +236,37 @@ impl Guest {
         Ok(())
     }
 
+    /// The stretches of a range of whole pages that are on one side: guest address, length.
+    fn stretches(&self, at: u64, len: u64) -> Vec<(u64, u64)> {
+        let mut stretches = Vec::new();
+        let mut from = at;
+        for page in (at..at + len).step_by(PAGE_SIZE as usize) {
+            let side = self.sides[(page / PAGE_SIZE) as usize];
+            let end = page + PAGE_SIZE;
+            if end == at + len || self.sides[(end / PAGE_SIZE) as usize] != side {
+                stretches.push((self.vm.address(from, side), end - from));
+                from = end;
+            }
+        }
+        stretches
+    }
+
     fn fill(&mut self, at: u64, len: u64, byte: u8) -> TestResult {
-        claim_matches!(self.vcpu.execute(GuestOp::Fill { gpa: self.vm.gpa(at), len, byte }), Exit::Done(_));
+        for (gpa, len) in self.stretches(at, len) {
+            claim_matches!(self.vcpu.execute(GuestOp::Fill { gpa, len, byte }), Exit::Done(_));
+        }
         Ok(())
     }
 
     fn claim_guest_sees(&mut self, at: u64, len: u64, byte: u8) -> TestResult {
-        let check = GuestOp::Check { gpa: self.vm.gpa(at), len, byte };
-        claim_eq!(self.vcpu.execute(check), Exit::Done(0), "the guest sees {byte:#x} in {len:#x} bytes at {at:#x}");
+        for (gpa, len) in self.stretches(at, len) {
+            let check = GuestOp::Check { gpa, len, byte };
+            claim_eq!(
+                self.vcpu.execute(check),
+                Exit::Done(0),
+                "the guest sees {byte:#x} in {len:#x} bytes at {gpa:#x}"
+            );
+        }
         Ok(())
     }
 
@@ -227,15 +278,21 @@ impl Guest {
 }
 
 fn convert(vm: &GmemVm, vcpu: &mut dyn Vcpu, at: u64, len: u64, side: Side) -> TestResult {
-    let (attributes, set) = match side {
-        Side::Private => (KVM_MAP_GPA_RANGE_ENCRYPTED, KVM_MEMORY_ATTRIBUTE_PRIVATE),
-        Side::Shared => (KVM_MAP_GPA_RANGE_DECRYPTED, 0),
+    let attributes = match side {
+        Side::Private => KVM_MAP_GPA_RANGE_ENCRYPTED,
+        Side::Shared => KVM_MAP_GPA_RANGE_DECRYPTED,
     };
-    let pages = len / PAGE_SIZE;
-    let exit = vcpu.execute(GuestOp::MapGpa { gpa: vm.gpa(at), pages, attributes });
-    claim_matches!(exit, Exit::Hypercall { nr: KVM_HC_MAP_GPA_RANGE, .. }, "the guest asks for {side:?}");
-    vm.set_attributes(at, len, set)?;
-    claim_eq!(vcpu.resume(Reply::Hypercall(0)), Exit::Done(0), "the guest goes on as {side:?}");
+    let mut exit = vcpu.execute(GuestOp::MapGpa { gpa: vm.slot_gpa(at), pages: len / PAGE_SIZE, attributes });
+    let mut done = 0;
+    // A TD asks for at most 2 MiB at a time.
+    while let Exit::Hypercall { nr: KVM_HC_MAP_GPA_RANGE, args: [gpa, pages, ..], .. } = exit {
+        claim_eq!(gpa, vm.slot_gpa(at + done), "the next part of the range");
+        vm.set_attributes(at + done, pages * PAGE_SIZE, side.attributes())?;
+        done += pages * PAGE_SIZE;
+        exit = vcpu.resume(Reply::Hypercall(0));
+    }
+    claim_eq!(done, len, "bytes that the guest asked to be {side:?}");
+    claim_eq!(exit, Exit::Done(0), "the guest goes on as {side:?}");
     Ok(())
 }
 
@@ -278,7 +335,7 @@ fn explicit_conversion(cx: &Context, (at, len): (u64, u64), backing: Backing) ->
         guest.convert(page, PAGE_SIZE, Side::Shared)?;
         guest.claim_guest_sees(page, PAGE_SIZE, 0x11)?;
         guest.convert(page, PAGE_SIZE, Side::Private)?;
-        let left = if backing == Backing::Keep { 0x22 } else { 0 };
+        let left = if guest.loses_private { 0 } else { 0x22 };
         guest.claim_guest_sees(page, PAGE_SIZE, left)?;
     }
 
@@ -350,11 +407,11 @@ fn conversion_spans_slots(cx: &Context) -> TestResult {
 }
 
 fn vcpus_convert_side_by_side(cx: &Context) -> TestResult {
-    let Guest { vm, vcpu, .. } = Guest::new(cx, Backing::Keep)?;
+    let Guest { vm, vcpu, loses_private, .. } = Guest::new(cx, Backing::Keep)?;
     let vcpus = [vcpu, vm.vcpu(1)?];
     std::thread::scope(|scope| {
         let vm = &vm;
-        let threads = vcpus.map(|vcpu| scope.spawn(move || convert_own_pages(vm, vcpu)));
+        let threads = vcpus.map(|vcpu| scope.spawn(move || convert_own_pages(vm, vcpu, loses_private)));
         for thread in threads {
             match thread.join() {
                 Ok(result) => result?,
@@ -366,19 +423,20 @@ fn vcpus_convert_side_by_side(cx: &Context) -> TestResult {
 }
 
 /// Even pages for vCPU 0 and odd ones for vCPU 1: to private and back, again and again.
-fn convert_own_pages(vm: &GmemVm, mut vcpu: Box<dyn Vcpu>) -> TestResult {
+fn convert_own_pages(vm: &GmemVm, mut vcpu: Box<dyn Vcpu>, loses_private: bool) -> TestResult {
     let id = u64::from(vcpu.id());
     for round in 1..=5 {
         for page in (id..16).step_by(2) {
-            let (at, gpa) = (page * PAGE_SIZE, vm.gpa(page * PAGE_SIZE));
+            let at = page * PAGE_SIZE;
+            let (private, shared) = (vm.address(at, Side::Private), vm.address(at, Side::Shared));
             let stamp = round << 32 | page << 8 | id;
             vm.shared.write_u64(at, stamp)?;
             convert(vm, &mut *vcpu, at, PAGE_SIZE, Side::Private)?;
-            let old = if round == 1 { 0 } else { !((round - 1) << 32 | page << 8 | id) };
-            claim_eq!(vcpu.execute(GuestOp::read_u64(gpa)), Exit::Done(old), "private page {page}, round {round}");
-            claim_matches!(vcpu.execute(GuestOp::write_u64(gpa, !stamp)), Exit::Done(_));
+            let old = if round == 1 || loses_private { 0 } else { !((round - 1) << 32 | page << 8 | id) };
+            claim_eq!(vcpu.execute(GuestOp::read_u64(private)), Exit::Done(old), "private page {page}, round {round}");
+            claim_matches!(vcpu.execute(GuestOp::write_u64(private, !stamp)), Exit::Done(_));
             convert(vm, &mut *vcpu, at, PAGE_SIZE, Side::Shared)?;
-            claim_eq!(vcpu.execute(GuestOp::read_u64(gpa)), Exit::Done(stamp), "shared page {page}, round {round}");
+            claim_eq!(vcpu.execute(GuestOp::read_u64(shared)), Exit::Done(stamp), "shared page {page}, round {round}");
         }
     }
     Ok(())

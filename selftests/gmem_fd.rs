@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use gmemtest::harness::{Context, Stop, TestResult, in_child};
+use gmemtest::harness::{Context, Side, Stop, TestResult, in_child};
 use gmemtest::kvm::KvmGuestMemfd;
 use gmemtest::kvm::gmem::create_as_the_kernel_does;
 use gmemtest::machine::{
@@ -387,6 +387,7 @@ fn close_order_leaves_the_rest_working(cx: &Context, order: &[Handle; 4]) -> Tes
     the_mapping.write_u64(0, VALUE)?;
     the_vm.set_memory_region(&MemoryRegion::new(1, GPA, 4 * P).bound_to(&*gmem, 0))?;
     let the_vcpu = the_vm.create_vcpu(0)?;
+    let address = Side::Shared.address(&*the_vm, GPA);
     let (mut vm, mut file, mut mapping, mut vcpu) = (Some(the_vm), Some(gmem), Some(the_mapping), Some(the_vcpu));
     let mut faulted = false;
     for closed in order {
@@ -408,7 +409,7 @@ fn close_order_leaves_the_rest_working(cx: &Context, order: &[Handle; 4]) -> Tes
         }
         if let Some(vcpu) = &mut vcpu {
             let exit = match faulted {
-                false => vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }),
+                false => vcpu.execute(GuestOp::Read { gpa: address, size: 8 }),
                 true => vcpu.resume(Reply::None),
             };
             let expected = if file.is_some() || mapping.is_some() {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::Duration;
 
-use gmemtest::harness::{Context, Stop, TestResult};
+use gmemtest::harness::{Context, Side, Stop, TestResult};
 use gmemtest::machine::{Errno, Exit, FileOp, GuestMemfd, GuestOp, MemoryRegion, PAGE_SIZE, Protection, Vm, VmConfig};
 use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS};
 use gmemtest::{claim_eq, claim_ne, claim_ok};
@@ -331,8 +331,9 @@ fn guest_access_does_not_move_mtime(cx: &Context) -> TestResult {
     vm.set_memory_region(&MemoryRegion::new(1, GPA, 2 * PAGE_SIZE).bound_to(&*gmem, 0))?;
     let mut vcpu = vm.create_vcpu(0)?;
     let before = wait_past_mtime(&*gmem)?;
-    claim_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(0), "a guest read of a hole");
-    let write = GuestOp::Write { gpa: GPA + PAGE_SIZE, size: 8, value: 1 };
+    let gpa = Side::Shared.address(&*vm, GPA);
+    claim_eq!(vcpu.execute(GuestOp::Read { gpa, size: 8 }), Exit::Done(0), "a guest read of a hole");
+    let write = GuestOp::Write { gpa: gpa + PAGE_SIZE, size: 8, value: 1 };
     claim_eq!(vcpu.execute(write), Exit::Done(0), "a guest write to a hole");
     claim_eq!(gmem.stat()?.modified_ns, before, "mtime afterwards");
     Ok(())

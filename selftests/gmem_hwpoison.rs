@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
-use gmemtest::harness::{Context, TestResult, in_child};
+use gmemtest::harness::{Context, Side, TestResult, in_child};
 use gmemtest::machine::{
     Errno, Exit, Facility, GuestMemfd, GuestOp, HostFault, Mapping, MemoryRegion, PAGE_SIZE, Protection, Reply, Vm,
     VmConfig,
@@ -270,7 +270,7 @@ fn guest_access_to_a_poisoned_page_is_ehwpoison(cx: &Context) -> TestResult {
     let mapping = gmem.map(4 * P, 0, Protection::SHARED_RW)?;
     vm.set_memory_region(&MemoryRegion::new(1, GPA, 4 * P).bound_to(&*gmem, 0))?;
     let mut vcpu = vm.create_vcpu(0)?;
-    let read = GuestOp::Read { gpa: GPA + P, size: 8 };
+    let read = GuestOp::Read { gpa: Side::Shared.address(&*vm, GPA + P), size: 8 };
     claim_eq!(vcpu.execute(read), Exit::Done(0), "a guest read before");
     mapping.read_u64(P)?;
     let poison = Poison::undo(cx, &gmem, &*mapping, P)?;

@@ -147,7 +147,7 @@ const UNMAPPABLE: &[(&str, Arguments)] = &[
     ("without_rights", Arguments(P, 0, SHARED, 0, Err(Errno::ENODEV))),
     ("private", Arguments(P, RW, PRIVATE, 0, Err(Errno::ENODEV))),
     ("beyond_the_end", Arguments(P, RW, SHARED, 64 * P, Err(Errno::ENODEV))),
-    ("executable_is_eperm", Arguments(P, RW | EXEC, SHARED, 0, Err(Errno::EPERM))),
+    ("executable", Arguments(P, RW | EXEC, SHARED, 0, Err(Errno::EPERM))),
     ("unaligned_offset_is_einval", Arguments(P, RW, SHARED, 1, Err(Errno::EINVAL))),
     ("zero_length_is_einval", Arguments(0, RW, SHARED, 0, Err(Errno::EINVAL))),
     ("synchronous_is_eopnotsupp", Arguments(P, RW, VALIDATE | SYNC, 0, Err(Errno::EOPNOTSUPP))),
@@ -198,7 +198,12 @@ fn arguments_give_the_result_of_their_first_failed_check(cx: &Context, row: &Arg
 
 fn file_without_mmap_flag_cannot_be_mapped(cx: &Context, row: &Arguments) -> TestResult {
     let (_vm, gmem) = file(cx, 0)?;
-    claim_eq!(map_result(&*gmem, row), row.4, "mmap({:#x}, {:#x}, {:#x}, {:#x})", row.0, row.1, row.2, row.3);
+    // Anonymous inodes, of which guest_memfd was one then, are on a file system that forbids execution since 6.16.
+    let expected = match row.4 {
+        Err(Errno::EPERM) => Err(cx.by_release(&[((6, 8), Errno::ENODEV), ((6, 16), Errno::EPERM)])?),
+        result => result,
+    };
+    claim_eq!(map_result(&*gmem, row), expected, "mmap({:#x}, {:#x}, {:#x}, {:#x})", row.0, row.1, row.2, row.3);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use gmemtest::harness::{Context, TestResult, in_child};
+use gmemtest::harness::{Context, Side, TestResult, in_child};
 use gmemtest::machine::{
     Errno, Exit, GuestMemfd, GuestOp, HoldKind, Mapping, MemoryRegion, PAGE_SIZE, Protection, Vcpu, Vm, VmConfig,
 };
@@ -240,7 +240,8 @@ fn written_by_the_guest(cx: &Context) -> TestResult<(File, Box<dyn Vcpu>)> {
     let gmem = vm.create_guest_memfd(P, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?;
     vm.set_memory_region(&MemoryRegion::new(1, GPA, P).bound_to(&*gmem, 0))?;
     let mut vcpu = vm.create_vcpu(0)?;
-    claim_eq!(vcpu.execute(GuestOp::Write { gpa: GPA, size: 8, value: VALUE }), Exit::Done(0), "a guest write");
+    let write = GuestOp::Write { gpa: Side::Shared.address(&*vm, GPA), size: 8, value: VALUE };
+    claim_eq!(vcpu.execute(write), Exit::Done(0), "a guest write");
     Ok(((vm, gmem), vcpu))
 }
 
@@ -248,14 +249,15 @@ const GPA: u64 = 1 << 32;
 const VALUE: u64 = 0x6775_6573_7421;
 
 fn guest_mapping_is_not_in_the_map_count(cx: &Context) -> TestResult {
-    let ((_vm, gmem), mut vcpu) = written_by_the_guest(cx)?;
+    let ((vm, gmem), mut vcpu) = written_by_the_guest(cx)?;
     let mapping = gmem.map(P, 0, Protection::SHARED_RW)?;
     claim!(mapping.frame(0).is_err(), "no page table entry of the host before it looks");
     claim_eq!(mapping.read_u64(0)?, VALUE, "what the host reads");
     let frame = mapping.frame(0)?;
     claim_eq!(cx.machine().page_map_count(frame), Ok(1), "map count with one mapping, and the guest's");
     mapping.advise(0, P, libc::MADV_DONTNEED)?;
-    claim_eq!(vcpu.execute(GuestOp::Read { gpa: GPA, size: 8 }), Exit::Done(VALUE), "a guest read");
+    let read = GuestOp::Read { gpa: Side::Shared.address(&*vm, GPA), size: 8 };
+    claim_eq!(vcpu.execute(read), Exit::Done(VALUE), "a guest read");
     claim_eq!(cx.machine().page_map_count(frame), Ok(0), "map count with the guest's mapping only");
     Ok(())
 }

@@ -4,7 +4,9 @@ use gmemtest::harness::{Context, GmemVm, TestResult};
 use gmemtest::machine::{
     Exit, Facility, GuestMemfd, GuestOp, HostMemory, MemoryRegion, PAGE_SIZE, Protection, Vcpu, VmConfig,
 };
-use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
+use gmemtest::uapi::kvm::{
+    GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES_RFC_V5,
+};
 use gmemtest::{claim_eq, claim_matches, claim_ok};
 
 gmemtest::suite! {
@@ -25,7 +27,9 @@ gmemtest::suite! {
         mappable_file_wins_over_the_userspace_addr needs [GmemMmap, GmemInitShared];
 
         /// A file without GUEST_MEMFD_FLAG_MMAP is never used by a VM without private memory: the guest runs on
-        /// userspace_addr and the file stays empty. A failure means that the guest's memory moved without being asked.
+        /// userspace_addr and the file stays empty. Where files keep the PRIVATE attribute, every slot with a file is backed
+        /// by it alone, and it is userspace_addr that is not used. A failure means that the guest's memory moved without
+        /// being asked.
         unmappable_file_is_unused_without_private_memory needs [Cachestat];
 
         /// Memory that nobody wrote reads zero in the guest (kvm_gmem_get_pfn() clears a page before its first use). A
@@ -148,6 +152,13 @@ fn unmappable_file_is_unused_without_private_memory(cx: &Context) -> TestResult 
     let region = MemoryRegion::new(GmemVm::SLOT, GmemVm::GPA, PAGE_SIZE).at(shared.addr()).bound_to(&*gmem, 0);
     claim_ok!(vm.set_memory_region(&region));
     let mut vcpu = claim_ok!(vm.create_vcpu(0));
+    if claim_ok!(cx.machine().capability(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES_RFC_V5)) != 0 {
+        claim_eq!(read(&mut *vcpu, GmemVm::GPA)?, 0, "the guest reads the file");
+        write(&mut *vcpu, GmemVm::GPA, 0x6E57)?;
+        claim_eq!(shared.read_u64(0)?, 0x5A4E, "the memory at userspace_addr is not touched");
+        claim_eq!(claim_ok!(gmem.cache_stat(0, 0)).cached, 1, "pages in the file");
+        return Ok(());
+    }
     claim_eq!(read(&mut *vcpu, GmemVm::GPA)?, 0x5A4E, "the guest reads the memory at userspace_addr");
     write(&mut *vcpu, GmemVm::GPA, 0x6E57)?;
     claim_eq!(shared.read_u64(0)?, 0x6E57, "the guest writes the memory at userspace_addr");
@@ -319,7 +330,7 @@ fn slots_show_their_own_ranges(cx: &Context) -> TestResult {
     vm.delete_slot()?;
     for page in 0..PAGES {
         vm.shared.write_u64(page * PAGE_SIZE, 100 + page)?;
-        let region = MemoryRegion::new(10 + page as u32, vm.gpa(2 * (PAGES - page) * PAGE_SIZE), PAGE_SIZE);
+        let region = MemoryRegion::new(10 + page as u32, vm.slot_gpa(2 * (PAGES - page) * PAGE_SIZE), PAGE_SIZE);
         let region = region.at(vm.shared.addr() + page * PAGE_SIZE).bound_to(&*vm.gmem, page * PAGE_SIZE);
         claim_ok!(vm.vm.set_memory_region(&region), "the slot of page {page}");
     }
@@ -338,7 +349,7 @@ fn files_do_not_share_pages(cx: &Context) -> TestResult {
     let flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
     let other = claim_ok!(vm.vm.create_guest_memfd(PAGE_SIZE, flags));
     let mapping = claim_ok!(other.map(PAGE_SIZE, 0, Protection::SHARED_RW));
-    let region = MemoryRegion::new(2, vm.gpa(vm.len), PAGE_SIZE).at(mapping.addr()).bound_to(&*other, 0);
+    let region = MemoryRegion::new(2, vm.slot_gpa(vm.len), PAGE_SIZE).at(mapping.addr()).bound_to(&*other, 0);
     claim_ok!(vm.vm.set_memory_region(&region));
     let mut vcpu = vm.vcpu(0)?;
     write(&mut *vcpu, vm.gpa(0), 0xA)?;
@@ -359,7 +370,7 @@ fn recreated_slot_shows_its_new_range(cx: &Context) -> TestResult {
     vm.create_slot()?;
     claim_eq!(read(&mut *vcpu, vm.gpa(0))?, 0xA, "the same range again");
     vm.delete_slot()?;
-    let second = MemoryRegion::new(GmemVm::SLOT, vm.gpa(0), PAGE_SIZE);
+    let second = MemoryRegion::new(GmemVm::SLOT, vm.slot_gpa(0), PAGE_SIZE);
     let second = second.at(vm.shared.addr() + PAGE_SIZE).bound_to(&*vm.gmem, PAGE_SIZE);
     claim_ok!(vm.vm.set_memory_region(&second));
     claim_eq!(read(&mut *vcpu, vm.gpa(0))?, 0xB, "the second page at the address of the first");

@@ -3,11 +3,11 @@
 use std::thread;
 use std::time::Duration;
 
-use gmemtest::harness::{Context, GmemVm, TestResult};
+use gmemtest::harness::{Context, GmemVm, Side, TestResult};
 use gmemtest::machine::{
-    Errno, Exit, Facility, GuestOp, HostMemory, Mapping, MemoryRegion, PAGE_SIZE, Protection, Reply, Vcpu, VmConfig,
+    Errno, Exit, Facility, GuestOp, HostMemory, Mapping, MemoryRegion, PAGE_SIZE, Protection, Reply, Vcpu, Vm, VmConfig,
 };
-use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_MMAP, KVM_EXIT_UNKNOWN, KVM_MEMORY_EXIT_FLAG_PRIVATE};
+use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_MMAP, KVM_EXIT_UNKNOWN};
 use gmemtest::{claim, claim_eq, claim_matches, claim_ok, fail};
 
 gmemtest::suite! {
@@ -88,9 +88,9 @@ const MMIO: &[(&str, Access)] = &[
     ("store_2", Access { size: 2, store: Some(0x7788) }),
 ];
 
-/// Claims that the access ends in KVM_EXIT_MMIO and that the guest takes the answer.
-fn claim_mmio(vcpu: &mut dyn Vcpu, access: Access, gpa: u64) -> TestResult {
-    let exit = vcpu.execute(access.op(gpa));
+/// Claims that the shared access ends in KVM_EXIT_MMIO and that the guest takes the answer.
+fn claim_mmio(vm: &dyn Vm, vcpu: &mut dyn Vcpu, access: Access, gpa: u64) -> TestResult {
+    let exit = vcpu.execute(access.op(Side::Shared.address(vm, gpa)));
     claim_eq!(exit, Exit::Mmio { gpa, len: access.size.into(), write: access.store }, "the guest's access");
     if access.store.is_some() {
         claim_matches!(vcpu.resume(Reply::None), Exit::Done(_), "the guest after the store");
@@ -104,7 +104,7 @@ fn claim_mmio(vcpu: &mut dyn Vcpu, access: Access, gpa: u64) -> TestResult {
 fn access_outside_the_slots_is_mmio(cx: &Context, &access: &Access) -> TestResult {
     let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 1 }));
     let mut vcpu = claim_ok!(vm.create_vcpu(0));
-    claim_mmio(&mut *vcpu, access, NOWHERE)
+    claim_mmio(&*vm, &mut *vcpu, access, NOWHERE)
 }
 
 fn access_to_a_deleted_slot_is_mmio(cx: &Context, &access: &Access) -> TestResult {
@@ -112,7 +112,7 @@ fn access_to_a_deleted_slot_is_mmio(cx: &Context, &access: &Access) -> TestResul
     let mut vcpu = vm.vcpu(0)?;
     claim_matches!(vcpu.execute(GuestOp::write_u64(vm.gpa(0), 0x5EED)), Exit::Done(_));
     vm.delete_slot()?;
-    claim_mmio(&mut *vcpu, access, vm.gpa(0))?;
+    claim_mmio(&*vm.vm, &mut *vcpu, access, vm.slot_gpa(0))?;
     vm.create_slot()?;
     claim_eq!(vcpu.execute(GuestOp::read_u64(vm.gpa(0))), Exit::Done(0x5EED), "the slot made again");
     Ok(())
@@ -149,7 +149,7 @@ fn exit_of_a_running_guest(
 fn running_guest_leaves_when_its_slot_is_deleted(cx: &Context) -> TestResult {
     let vm = GmemVm::mappable(cx, 1)?;
     let (mut vcpu, exit) = exit_of_a_running_guest(vm.vcpu(0)?, vm.gpa(0), 0, || vm.delete_slot())?;
-    claim_eq!(exit, Exit::Mmio { gpa: vm.gpa(0), len: 8, write: None }, "how the loop was left");
+    claim_eq!(exit, Exit::Mmio { gpa: vm.slot_gpa(0), len: 8, write: None }, "how the loop was left");
     claim_eq!(vcpu.resume(Reply::MmioRead(0xBEEF)), Exit::Done(0xBEEF), "the loop ends with the value given");
     Ok(())
 }
@@ -157,17 +157,12 @@ fn running_guest_leaves_when_its_slot_is_deleted(cx: &Context) -> TestResult {
 fn running_guest_leaves_when_its_private_slot_is_deleted(cx: &Context) -> TestResult {
     let vm = GmemVm::private(cx, 1)?;
     let (_, exit) = exit_of_a_running_guest(vm.vcpu(0)?, vm.gpa(0), 0, || vm.delete_slot())?;
-    claim_eq!(exit, memory_fault(KVM_MEMORY_EXIT_FLAG_PRIVATE, vm.gpa(0)), "how the loop was left");
+    claim_eq!(exit, memory_fault(Side::Private, vm.slot_gpa(0)), "how the loop was left");
     Ok(())
 }
 
-fn memory_fault(flags: u64, gpa: u64) -> Exit {
-    Exit::MemoryFault { errno: Errno::EFAULT, flags, gpa, size: PAGE_SIZE }
-}
-
-/// The flags of a memory fault of a guest that reaches its file as [`GmemVm::new`] arranges it.
-fn flags(cx: &Context) -> u64 {
-    if cx.has(Facility::PrivateMemory) { KVM_MEMORY_EXIT_FLAG_PRIVATE } else { 0 }
+fn memory_fault(side: Side, gpa: u64) -> Exit {
+    Exit::MemoryFault { errno: Errno::EFAULT, flags: side.fault_flags(), gpa, size: PAGE_SIZE }
 }
 
 /// Byte offset into the slot, and the access.
@@ -182,36 +177,35 @@ fn access_after_the_file_is_closed_is_a_memory_fault(cx: &Context, &(at, access)
     let vm = GmemVm::new(cx, 2)?;
     let mut vcpu = vm.vcpu(0)?;
     claim_matches!(vcpu.execute(GuestOp::Touch { gpa: vm.gpa(0), len: vm.len }), Exit::Done(_));
-    let gpa = vm.gpa(at);
+    let (gpa, fault) = (vm.gpa(at), memory_fault(vm.side, vm.slot_gpa(at) & !(PAGE_SIZE - 1)));
     drop((vm.gmem, vm.shared));
-    let exit = vcpu.execute(access.op(gpa));
-    claim_eq!(exit, memory_fault(flags(cx), gpa & !(PAGE_SIZE - 1)), "the access after the file is closed");
-    let again = vcpu.resume(Reply::None);
-    claim_eq!(again, memory_fault(flags(cx), gpa & !(PAGE_SIZE - 1)), "the same access when nothing was mended");
+    claim_eq!(vcpu.execute(access.op(gpa)), fault, "the access after the file is closed");
+    claim_eq!(vcpu.resume(Reply::None), fault, "the same access when nothing was mended");
     Ok(())
 }
 
 fn running_guest_leaves_when_the_file_is_closed(cx: &Context) -> TestResult {
-    let GmemVm { vm, gmem, shared, .. } = GmemVm::new(cx, 1)?;
-    let vcpu = claim_ok!(vm.create_vcpu(0));
+    let vm = GmemVm::new(cx, 1)?;
+    let (vcpu, gpa) = (vm.vcpu(0)?, vm.gpa(0));
+    let GmemVm { vm: _open, gmem, shared, side, .. } = vm;
     let close = || {
         drop((shared, gmem));
         Ok(())
     };
-    let (_, exit) = exit_of_a_running_guest(vcpu, GmemVm::GPA, 0, close)?;
-    claim_eq!(exit, memory_fault(flags(cx), GmemVm::GPA), "how the loop was left");
+    let (_, exit) = exit_of_a_running_guest(vcpu, gpa, 0, close)?;
+    claim_eq!(exit, memory_fault(side, GmemVm::GPA), "how the loop was left");
     Ok(())
 }
 
 fn mapping_keeps_the_file_open(cx: &Context) -> TestResult {
-    let GmemVm { vm, gmem, shared, .. } = GmemVm::mappable(cx, 1)?;
-    let mut vcpu = claim_ok!(vm.create_vcpu(0));
-    shared.write_u64(0, 0x0BE7)?;
-    drop(gmem);
-    claim_eq!(vcpu.execute(GuestOp::read_u64(GmemVm::GPA)), Exit::Done(0x0BE7), "with the mapping");
-    drop(shared);
-    let exit = vcpu.execute(GuestOp::read_u64(GmemVm::GPA));
-    claim_eq!(exit, memory_fault(0, GmemVm::GPA), "without the mapping");
+    let vm = GmemVm::mappable(cx, 1)?;
+    let mut vcpu = vm.vcpu(0)?;
+    let load = GuestOp::read_u64(vm.gpa(0));
+    vm.shared.write_u64(0, 0x0BE7)?;
+    drop(vm.gmem);
+    claim_eq!(vcpu.execute(load), Exit::Done(0x0BE7), "with the mapping");
+    drop(vm.shared);
+    claim_eq!(vcpu.execute(load), memory_fault(Side::Shared, GmemVm::GPA), "without the mapping");
     Ok(())
 }
 
@@ -220,11 +214,10 @@ fn new_slot_with_a_new_file_serves_the_guest_again(cx: &Context) -> TestResult {
     let mut vcpu = vm.vcpu(0)?;
     claim_matches!(vcpu.execute(GuestOp::write_u64(vm.gpa(0), 0x01D)), Exit::Done(_));
     let fresh = GmemVm::new(cx, 1)?;
-    let file_flags = if cx.has(Facility::PrivateMemory) { 0 } else { GUEST_MEMFD_FLAG_MMAP | 2 };
-    vm.gmem = claim_ok!(vm.vm.create_guest_memfd(vm.len, file_flags));
+    vm.gmem = vm.new_file()?;
     vm.shared = fresh.shared;
     let exit = vcpu.execute(GuestOp::read_u64(vm.gpa(0)));
-    claim_eq!(exit, memory_fault(flags(cx), vm.gpa(0)), "the orphaned slot");
+    claim_eq!(exit, memory_fault(vm.side, vm.slot_gpa(0)), "the orphaned slot");
     vm.delete_slot()?;
     vm.create_slot()?;
     claim_eq!(vcpu.execute(GuestOp::read_u64(vm.gpa(0))), Exit::Done(0), "the slot with the new file");
@@ -262,7 +255,8 @@ fn unusable_userspace_addr_is_efault_without_an_exit(cx: &Context, &unusable: &U
     if matches!(unusable, Unusable::NotMapped) {
         claim_ok!(memory.unmap_part(0, PAGE_SIZE));
     }
-    for op in [GuestOp::read_u64(GmemVm::GPA), GuestOp::write_u64(GmemVm::GPA, 1)] {
+    let gpa = Side::Shared.address(&*vm, GmemVm::GPA);
+    for op in [GuestOp::read_u64(gpa), GuestOp::write_u64(gpa, 1)] {
         let exit = vcpu.execute(op);
         claim_eq!(exit, Exit::Failed { errno: Errno::EFAULT, reason: KVM_EXIT_UNKNOWN }, "{op:x?} on {unusable:?}");
     }

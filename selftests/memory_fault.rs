@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use gmemtest::harness::{Context, GmemVm, TestResult};
+use gmemtest::harness::{Context, GmemVm, Side, TestResult};
 use gmemtest::machine::{
     Errno, Exit, GuestOp, HostMemory, Mapping, MemoryAttributes, MemoryRegion, PAGE_SIZE, Reply, Vcpu, Vm, VmConfig,
-    VmType,
 };
-use gmemtest::uapi::kvm::{KVM_EXIT_UNKNOWN, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MEMORY_EXIT_FLAG_PRIVATE};
+use gmemtest::uapi::kvm::{KVM_EXIT_UNKNOWN, KVM_MEMORY_ATTRIBUTE_PRIVATE};
 use gmemtest::{claim, claim_eq, claim_matches, claim_ok, fail};
 
 gmemtest::suite! {
@@ -20,16 +19,17 @@ gmemtest::suite! {
 
         /// The report names the page of the access: one in the middle of a page, and the second page of an access that
         /// straddles two. A failure makes a VMM mend the wrong page.
-        report_names_the_page_that_is_missing[STRADDLES];
+        report_names_the_page_that_is_missing[STRADDLES] needs [LazyAccept];
 
         /// A guest in a loop leaves when its frames become private and their slot has no guest_memfd. An access that began
-        /// before the conversion may be reported as what it was, shared (flags 0); when it is done again it is private. A
-        /// failure means that the guest goes on using shared memory as private.
+        /// before the conversion may be reported as what it was, shared (flags 0); when it is done again it is private. In a
+        /// TD the address says what an access is: shared it stays. A failure means that the guest goes on using shared memory
+        /// as private.
         running_guest_leaves_when_its_frames_become_private;
 
-        /// The access completes when user space mended the cause and runs the vCPU again: it makes the frame shared, binds
-        /// a file, or makes the missing slot. A failure means that a conversion cannot be done on demand.
-        access_completes_after_the_cause_is_mended[MENDS];
+        /// The access completes when user space mended the cause and runs the vCPU again: it makes the frame what the access
+        /// is, binds a file, or makes the missing slot. A failure means that a conversion cannot be done on demand.
+        access_completes_after_the_cause_is_mended[MENDS] needs [LazyAccept];
 
         /// The same access faults again, with the same report, as long as nothing is mended. A failure means that an
         /// unserved access is lost.
@@ -46,7 +46,16 @@ const SLOT: u32 = GmemVm::SLOT;
 const PRIVATE: u64 = KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
 fn report(gpa: u64) -> Exit {
-    Exit::MemoryFault { errno: Errno::EFAULT, flags: KVM_MEMORY_EXIT_FLAG_PRIVATE, gpa, size: PAGE_SIZE }
+    report_of(Side::Private, gpa)
+}
+
+fn report_of(side: Side, gpa: u64) -> Exit {
+    Exit::MemoryFault { errno: Errno::EFAULT, flags: side.fault_flags(), gpa, size: PAGE_SIZE }
+}
+
+/// Whether the guest says by the address which side it means, so that an attribute does not change what an access is.
+fn says_by_address(vm: &dyn Vm) -> bool {
+    vm.shared_bit() != 0
 }
 
 /// A VM whose first three test pages are private, with ordinary memory that backs a slot of two pages if the test makes
@@ -59,9 +68,6 @@ struct Scene {
 
 impl Scene {
     fn new(cx: &Context) -> TestResult<Scene> {
-        if cx.machine().spec().vm_type == VmType::Tdx {
-            gmemtest::skip!(Declined, "a TD takes private memory of no slot for its own bug");
-        }
         let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 1 }));
         let memory = claim_ok!(cx.machine().host_memory(HostMemory::Anonymous, 2 * PAGE_SIZE));
         memory.write_u64(0, 0x5A4E)?;
@@ -145,8 +151,9 @@ fn running_guest_leaves_when_its_frames_become_private(cx: &Context) -> TestResu
     scene.set_attributes(0)?;
     let Scene { vm, memory, mut vcpu } = scene;
     let control = vcpu.control();
+    let gpa = Side::Shared.address(&*vm, BASE);
     let runner = std::thread::spawn(move || {
-        let exit = vcpu.execute(GuestOp::ReadWhile { gpa: BASE, expect: 0x5A4E });
+        let exit = vcpu.execute(GuestOp::ReadWhile { gpa, expect: 0x5A4E });
         (vcpu, exit)
     });
     while control.iterations() == 0 && !runner.is_finished() {
@@ -162,7 +169,8 @@ fn running_guest_leaves_when_its_frames_become_private(cx: &Context) -> TestResu
         Ok((mut vcpu, exit)) => {
             let page = matches!(exit, Exit::MemoryFault { errno: Errno::EFAULT, gpa: BASE, size: PAGE_SIZE, .. });
             claim!(page, "the loop was left with {exit:x?}");
-            claim_eq!(vcpu.resume(Reply::None), report(BASE), "the access done again");
+            let again = if says_by_address(&*vm) { Side::Shared } else { Side::Private };
+            claim_eq!(vcpu.resume(Reply::None), report_of(again, BASE), "the access done again");
         }
         Err(_) => fail!("the thread of the vCPU panicked"),
     }
@@ -189,7 +197,10 @@ fn access_completes_after_the_cause_is_mended(cx: &Context, &mend: &Mend) -> Tes
         Mend::MakeTheSlot => Scene::new(cx)?,
         Mend::MakeShared | Mend::BindAFile => Scene::with_ordinary_slot(cx)?,
     };
-    claim_eq!(scene.vcpu.execute(GuestOp::read_u64(BASE)), report(BASE), "the access");
+    let wrong_side = if matches!(mend, Mend::MakeShared) { Side::Shared } else { Side::Private };
+    let gpa = wrong_side.address(&*scene.vm, BASE);
+    let reported = if says_by_address(&*scene.vm) { wrong_side } else { Side::Private };
+    claim_eq!(scene.vcpu.execute(GuestOp::read_u64(gpa)), report_of(reported, BASE), "the access");
     let gmem = claim_ok!(scene.vm.create_guest_memfd(2 * PAGE_SIZE, 0));
     let value = match mend {
         Mend::MakeShared => {
@@ -207,15 +218,17 @@ fn access_completes_after_the_cause_is_mended(cx: &Context, &mend: &Mend) -> Tes
         }
     };
     claim_eq!(scene.vcpu.resume(Reply::None), Exit::Done(value), "the same load after {mend:?}");
-    claim_matches!(scene.vcpu.execute(GuestOp::write_u64(BASE, 9)), Exit::Done(_), "a store after it");
+    claim_matches!(scene.vcpu.execute(GuestOp::write_u64(gpa, 9)), Exit::Done(_), "a store after it");
     Ok(())
 }
 
 fn unmended_access_faults_again(cx: &Context) -> TestResult {
     let mut scene = Scene::with_ordinary_slot(cx)?;
-    claim_eq!(scene.vcpu.execute(GuestOp::write_u64(BASE, 0x77)), report(BASE), "the store");
+    let gpa = Side::Shared.address(&*scene.vm, BASE);
+    let reported = report_of(if says_by_address(&*scene.vm) { Side::Shared } else { Side::Private }, BASE);
+    claim_eq!(scene.vcpu.execute(GuestOp::write_u64(gpa, 0x77)), reported, "the store");
     for round in 0..3 {
-        claim_eq!(scene.vcpu.resume(Reply::None), report(BASE), "the store again, round {round}");
+        claim_eq!(scene.vcpu.resume(Reply::None), reported, "the store again, round {round}");
     }
     scene.set_attributes(0)?;
     claim_matches!(scene.vcpu.resume(Reply::None), Exit::Done(_), "the store when the page is shared");
@@ -225,7 +238,9 @@ fn unmended_access_faults_again(cx: &Context) -> TestResult {
 
 fn old_report_does_not_stay(cx: &Context) -> TestResult {
     let mut scene = Scene::with_ordinary_slot(cx)?;
-    claim_eq!(scene.vcpu.execute(GuestOp::read_u64(BASE)), report(BASE), "the private access");
+    let gpa = Side::Shared.address(&*scene.vm, BASE);
+    let reported = report_of(if says_by_address(&*scene.vm) { Side::Shared } else { Side::Private }, BASE);
+    claim_eq!(scene.vcpu.execute(GuestOp::read_u64(gpa)), reported, "the access to the private page");
     scene.set_attributes(0)?;
     claim_ok!(scene.memory.unmap_part(0, 2 * PAGE_SIZE));
     let exit = scene.vcpu.resume(Reply::None);

@@ -2,23 +2,25 @@
 
 use std::sync::Arc;
 
-use gmemtest::harness::{Context, TestResult};
+use gmemtest::harness::{Context, Side, TestResult};
 use gmemtest::machine::Exit;
 use gmemtest::machine::{Errno, Facility, GuestOp, HostMemory, MemoryRegion, PAGE_SIZE, Vm, VmConfig};
 use gmemtest::{claim_eq, claim_err, claim_matches, claim_ok};
-use kvm_bindings::{KVM_CAP_NR_MEMSLOTS, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
+use kvm_bindings::{
+    KVM_CAP_NR_MEMSLOTS, KVM_CAP_READONLY_MEM, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+};
 
 gmemtest::suite! {
     /// KVM_SET_USER_MEMORY_REGION and its second version on slots of ordinary memory, and what guest_memfd slots do not
     /// support (set_memory_region_test).
     pub static SUITE: memslots needs [Vm, UserMemory2] {
-        /// KVM_SET_USER_MEMORY_REGION takes KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY and refuses every other flag
-        /// (kvm_vm_ioctl(): KVM_SET_USER_MEMORY_REGION_V1_FLAGS). A failure means that an old VMM can set a flag whose
+        /// KVM_SET_USER_MEMORY_REGION takes KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY where KVM_CAP_READONLY_MEM offers it to
+        /// the VM, and refuses every other flag (kvm_vm_ioctl(): KVM_SET_USER_MEMORY_REGION_V1_FLAGS). A failure means that an old VMM can set a flag whose
         /// fields its struct does not have.
         first_version_takes_two_flags[BITS];
 
-        /// KVM_SET_USER_MEMORY_REGION2 takes KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY and KVM_MEM_GUEST_MEMFD and refuses
-        /// every other flag, KVM's internal ones too (check_memory_region_flags()). A failure means that user space can
+        /// KVM_SET_USER_MEMORY_REGION2 takes KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY where KVM_CAP_READONLY_MEM offers it
+        /// to the VM, and KVM_MEM_GUEST_MEMFD, and refuses every other flag, KVM's internal ones too (check_memory_region_flags()). A failure means that user space can
         /// set a slot's internal state.
         second_version_takes_three_flags[BITS] needs [GuestMemfd];
 
@@ -96,12 +98,19 @@ fn bare(cx: &Context) -> TestResult<Arc<dyn Vm>> {
     Ok(claim_ok!(cx.machine().create_vm(VmConfig::Bare)))
 }
 
+/// The flags that an ordinary slot of the VM may have: READONLY only where KVM_CAP_READONLY_MEM offers it, which it does not
+/// to a VM with protected state (check_memory_region_flags()).
+fn flags_of_ordinary_slots(vm: &dyn Vm) -> TestResult<u32> {
+    let read_only = claim_ok!(vm.capability(KVM_CAP_READONLY_MEM)) != 0;
+    Ok(KVM_MEM_LOG_DIRTY_PAGES | if read_only { KVM_MEM_READONLY } else { 0 })
+}
+
 fn first_version_takes_two_flags(cx: &Context, &bit: &u32) -> TestResult {
+    let vm = bare(cx)?;
     let flag = 1 << bit;
     let region = MemoryRegion::new(SLOT, BASE, LEN).with_flags(flag);
-    let expected =
-        if flag & (KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY) == flag { Ok(()) } else { Err(Errno::EINVAL) };
-    claim_eq!(bare(cx)?.set_memory_region_v1(&region), expected, "KVM_SET_USER_MEMORY_REGION with flags {flag:#x}");
+    let expected = if flags_of_ordinary_slots(&*vm)? & flag != 0 { Ok(()) } else { Err(Errno::EINVAL) };
+    claim_eq!(vm.set_memory_region_v1(&region), expected, "KVM_SET_USER_MEMORY_REGION with flags {flag:#x}");
     Ok(())
 }
 
@@ -112,7 +121,7 @@ fn second_version_takes_three_flags(cx: &Context, &bit: &u32) -> TestResult {
     let region = MemoryRegion::new(SLOT, BASE, LEN);
     let (region, expected) = match flag {
         KVM_MEM_GUEST_MEMFD => (region.bound_to(&*gmem, 0), Ok(())),
-        KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY => (region.with_flags(flag), Ok(())),
+        _ if flags_of_ordinary_slots(&*vm)? & flag != 0 => (region.with_flags(flag), Ok(())),
         _ => (region.with_flags(flag), Err(Errno::EINVAL)),
     };
     claim_eq!(vm.set_memory_region(&region), expected, "KVM_SET_USER_MEMORY_REGION2 with flags {flag:#x}");
@@ -201,7 +210,8 @@ fn refused_move_leaves_the_slot_in_place(cx: &Context, &(to, errno): &(u64, Errn
     memory.write_u64(0, 0x5741)?;
     claim_err!(vm.set_memory_region(&MemoryRegion { gpa: to, ..region }), errno, "the move to {to:#x}");
     let mut vcpu = claim_ok!(vm.create_vcpu(0));
-    claim_eq!(vcpu.execute(GuestOp::read_u64(BASE)), Exit::Done(0x5741), "the guest at the old address");
+    let load = GuestOp::read_u64(Side::Shared.address(&*vm, BASE));
+    claim_eq!(vcpu.execute(load), Exit::Done(0x5741), "the guest at the old address");
     Ok(())
 }
 
@@ -212,10 +222,11 @@ fn moved_slot_is_at_its_new_address(cx: &Context) -> TestResult {
     claim_ok!(vm.set_memory_region(&region));
     memory.write_u64(0, 0x3083)?;
     let mut vcpu = claim_ok!(vm.create_vcpu(0));
-    claim_eq!(vcpu.execute(GuestOp::read_u64(BASE)), Exit::Done(0x3083), "before the move");
+    let load = |gpa| GuestOp::read_u64(Side::Shared.address(&*vm, gpa));
+    claim_eq!(vcpu.execute(load(BASE)), Exit::Done(0x3083), "before the move");
     claim_ok!(vm.set_memory_region(&MemoryRegion { gpa: BASE + LEN, ..region }), "the move");
-    claim_eq!(vcpu.execute(GuestOp::read_u64(BASE + LEN)), Exit::Done(0x3083), "at the new address");
-    claim_matches!(vcpu.execute(GuestOp::read_u64(BASE)), Exit::Mmio { gpa: BASE, .. }, "at the old address");
+    claim_eq!(vcpu.execute(load(BASE + LEN)), Exit::Done(0x3083), "at the new address");
+    claim_matches!(vcpu.execute(load(BASE)), Exit::Mmio { gpa: BASE, .. }, "at the old address");
     Ok(())
 }
 
@@ -240,6 +251,9 @@ fn fixed_fields_cannot_be_changed(cx: &Context, change: &Change) -> TestResult {
 
 fn read_only_slot_sends_stores_to_user_space(cx: &Context) -> TestResult {
     let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 1 }));
+    if flags_of_ordinary_slots(&*vm)? & KVM_MEM_READONLY == 0 {
+        gmemtest::skip!(Declined, "KVM_CAP_READONLY_MEM is 0: a VM with protected state has no read-only slots");
+    }
     let memory = claim_ok!(cx.machine().host_memory(HostMemory::Anonymous, LEN));
     memory.write_u64(0, 0x4073)?;
     let region = MemoryRegion::new(SLOT, BASE, LEN).at(memory.addr()).with_flags(KVM_MEM_READONLY);

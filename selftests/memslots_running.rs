@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use gmemtest::harness::{Context, GmemVm, TestResult};
+use gmemtest::harness::{Context, GmemVm, Side, TestResult};
 use gmemtest::machine::{
-    Exit, Facility, Family, GuestOp, HostMemory, Mapping, MemoryRegion, PAGE_SIZE, Reply, Vcpu, VcpuControl, Vm,
-    VmConfig,
+    Exit, Facility, Family, GuestOp, HostMemory, Mapping, MemoryRegion, PAGE_SIZE, Reply, VcpuControl, Vm, VmConfig,
+    VmType,
 };
 use gmemtest::uapi::kvm_x86::KVM_X86_QUIRK_SLOT_ZAP_ALL;
 use gmemtest::{claim, claim_eq, claim_matches, claim_ok, fail};
@@ -101,13 +101,15 @@ struct Watcher {
 const MMIO_VALUE: u64 = 0xBEEF;
 
 impl Watcher {
-    /// Starts the loop.
-    fn start(mut vcpu: Box<dyn Vcpu>, gpa: u64) -> Watcher {
+    /// Starts the loop, on the shared side of `gpa`.
+    fn start(vm: &dyn Vm, gpa: u64) -> TestResult<Watcher> {
+        let mut vcpu = claim_ok!(vm.create_vcpu(0));
+        let address = Side::Shared.address(vm, gpa);
         let (ending, latest) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (until, value_now, control) = (ending.clone(), latest.clone(), vcpu.control());
         let thread = thread::spawn(move || {
             let mut seen = Seen::default();
-            let mut exit = vcpu.execute(GuestOp::ReadWhile { gpa, expect: 0 });
+            let mut exit = vcpu.execute(GuestOp::ReadWhile { gpa: address, expect: 0 });
             loop {
                 match exit {
                     Exit::Done(value) => {
@@ -118,7 +120,7 @@ impl Watcher {
                         if until.load(Ordering::Acquire) {
                             return Ok(seen);
                         }
-                        exit = vcpu.execute(GuestOp::ReadWhile { gpa, expect: value });
+                        exit = vcpu.execute(GuestOp::ReadWhile { gpa: address, expect: value });
                     }
                     Exit::Mmio { gpa: at, write: None, .. } if at == gpa => {
                         seen.mmio += 1;
@@ -128,7 +130,7 @@ impl Watcher {
                 }
             }
         });
-        Watcher { ending, latest, control, thread }
+        Ok(Watcher { ending, latest, control, thread })
     }
 
     /// Waits until the guest has loaded `value`, or is gone.
@@ -167,7 +169,7 @@ fn moving_slot_shows_old_or_new_data(cx: &Context, quirk: &Quirk) -> TestResult 
     quirk.apply(cx, &*vm)?;
     let region = MemoryRegion::new(SLOT, BASE, 2 * PAGE_SIZE).at(memory.addr());
     claim_ok!(vm.set_memory_region(&region));
-    let watcher = Watcher::start(claim_ok!(vm.create_vcpu(0)), BASE);
+    let watcher = Watcher::start(&*vm, BASE)?;
     watcher.wait_for(1);
     for round in 0..ROUNDS {
         for (gpa, value) in [(BASE - PAGE_SIZE, 2), (BASE, 1)] {
@@ -185,7 +187,7 @@ fn moving_slot_shows_old_or_new_data(cx: &Context, quirk: &Quirk) -> TestResult 
 /// Deletes and makes the slot, waiting now and then for the guest, which expects `value`.
 fn recreate(cx: &Context, vm: &dyn Vm, region: &MemoryRegion, value: u64) -> TestResult {
     let mut rng = cx.rng();
-    let watcher = Watcher::start(claim_ok!(vm.create_vcpu(0)), region.gpa);
+    let watcher = Watcher::start(vm, region.gpa)?;
     watcher.wait_for(value);
     for round in 0..10 * ROUNDS {
         claim_ok!(vm.set_memory_region(&MemoryRegion::deletion(region.slot)), "deletion {round}");
@@ -224,7 +226,7 @@ fn every_deletion_is_seen(cx: &Context, quirk: &Quirk) -> TestResult {
     quirk.apply(cx, &*vm)?;
     let region = MemoryRegion::new(SLOT, BASE, PAGE_SIZE).at(memory.addr());
     claim_ok!(vm.set_memory_region(&region));
-    let watcher = Watcher::start(claim_ok!(vm.create_vcpu(0)), BASE);
+    let watcher = Watcher::start(&*vm, BASE)?;
     watcher.wait_for(1);
     for round in 0..ROUNDS {
         claim_ok!(vm.set_memory_region(&MemoryRegion::deletion(SLOT)), "deletion {round}");
@@ -246,7 +248,8 @@ fn mappings_lost(cx: &Context, quirk: Quirk) -> TestResult<(u64, u64)> {
     claim_ok!(vm.vm.set_memory_region(&MemoryRegion::new(SLOT, BASE, 2 * PAGE_SIZE).at(memory.addr())));
     let mut vcpu = vm.vcpu(0)?;
     claim_matches!(vcpu.execute(GuestOp::Touch { gpa: vm.gpa(0), len: vm.len }), Exit::Done(4));
-    claim_matches!(vcpu.execute(GuestOp::Touch { gpa: BASE, len: 2 * PAGE_SIZE }), Exit::Done(2));
+    let ordinary = Side::Shared.address(&*vm.vm, BASE);
+    claim_matches!(vcpu.execute(GuestOp::Touch { gpa: ordinary, len: 2 * PAGE_SIZE }), Exit::Done(2));
     let before = claim_ok!(vm.vm.statistic("pages_4k"));
     claim_ok!(vm.vm.set_memory_region(&MemoryRegion::deletion(SLOT)));
     let after = claim_ok!(vm.vm.statistic("pages_4k"));
@@ -288,6 +291,9 @@ fn guest_without_its_code_stops(cx: &Context) -> TestResult {
 }
 
 fn vm_without_slots_cannot_run(cx: &Context) -> TestResult {
+    if cx.machine().spec().vm_type == VmType::Tdx {
+        gmemtest::skip!(Declined, "KVM_CREATE_VCPU is EIO before KVM_TDX_INIT_VM: there is no vCPU at a reset vector");
+    }
     let vm = claim_ok!(cx.machine().create_vm(VmConfig::Bare));
     // KVM counts its budget of shadow pages when slots come and go: a VM that never had one has no budget, and with shadow
     // paging KVM_RUN is ENOSPC before anything else.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use gmemtest::harness::{ChildEnd, Context, GmemVm, TestResult, in_child};
+use gmemtest::harness::{ChildEnd, Context, GmemVm, Side, TestResult, in_child};
 use gmemtest::machine::{
     Errno, Exit, Facility, GuestMemfd, GuestOp, HostMemory, Mapping, MemoryRegion, PAGE_SIZE, PreFault, Vcpu, Vm,
     VmConfig,
@@ -97,6 +97,8 @@ struct Scene {
     vm: Arc<dyn Vm>,
     gmem: Option<Arc<dyn GuestMemfd>>,
     shared: Box<dyn Mapping>,
+    /// The side by which the guest reaches what is behind the slot.
+    side: Side,
     /// The errno of an access where no slot is.
     nowhere: Errno,
 }
@@ -104,17 +106,19 @@ struct Scene {
 impl Scene {
     fn new(cx: &Context, backing: Backing) -> TestResult<Scene> {
         if backing == Backing::Gmem {
-            let GmemVm { vm, gmem, shared, .. } = GmemVm::new(cx, LEN / PAGE_SIZE)?;
-            let nowhere = if cx.has(Facility::PrivateMemory) { Errno::EFAULT } else { Errno::ENOENT };
-            let scene = Scene { vm, gmem: Some(gmem), shared, nowhere };
-            if cx.has(Facility::PrivateMemory) {
+            let GmemVm { vm, gmem, shared, side, .. } = GmemVm::new(cx, LEN / PAGE_SIZE)?;
+            // Where the file has the attribute, frames without a file have none: they are shared.
+            let private_nowhere = side == Side::Private && cx.has(Facility::MemoryAttributes);
+            let nowhere = if private_nowhere { Errno::EFAULT } else { Errno::ENOENT };
+            let scene = Scene { vm, gmem: Some(gmem), shared, side, nowhere };
+            if private_nowhere {
                 scene.make_private(BASE + LEN, MIB2)?;
             }
             return Ok(scene);
         }
         let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 1 }));
         let shared = claim_ok!(cx.machine().host_memory(HostMemory::Anonymous, LEN));
-        let scene = Scene { vm, gmem: None, shared, nowhere: Errno::ENOENT };
+        let scene = Scene { vm, gmem: None, shared, side: Side::Shared, nowhere: Errno::ENOENT };
         claim_ok!(scene.vm.set_memory_region(&scene.region()));
         Ok(scene)
     }
@@ -129,6 +133,11 @@ impl Scene {
     fn region(&self) -> MemoryRegion<'_> {
         let region = MemoryRegion::new(SLOT, BASE, LEN).at(self.shared.addr());
         self.gmem.as_ref().map_or(region, |gmem| region.bound_to(&**gmem, 0))
+    }
+
+    /// The address by which the guest reaches `gpa`.
+    fn address(&self, gpa: u64) -> u64 {
+        self.side.address(&*self.vm, gpa)
     }
 
     fn vcpu(&self) -> TestResult<Box<dyn Vcpu>> {
@@ -164,7 +173,7 @@ fn range_inside_a_slot_is_mapped(cx: &Context, &backing: &Backing) -> TestResult
     let mut vcpu = scene.vcpu()?;
     claim_eq!(vcpu.pre_fault(BASE, MIB2, 0), done(BASE + MIB2), "2 MiB from the start of the slot");
     claim_eq!(vcpu.pre_fault(BASE + MIB2, PAGE_SIZE, 0), done(BASE + LEN), "the last page of the slot");
-    let touch = vcpu.execute(GuestOp::Touch { gpa: BASE, len: LEN });
+    let touch = vcpu.execute(GuestOp::Touch { gpa: scene.address(BASE), len: LEN });
     claim_eq!(touch, Exit::Done(LEN / PAGE_SIZE), "the guest's loads from every page");
     Ok(())
 }
@@ -199,7 +208,7 @@ fn pages_of_the_range_are_allocated(cx: &Context) -> TestResult {
     let vm = GmemVm::new(cx, 8)?;
     let mut vcpu = vm.vcpu(0)?;
     let (at, len) = (2 * PAGE_SIZE, 3 * PAGE_SIZE);
-    claim_eq!(vcpu.pre_fault(vm.gpa(at), len, 0), done(vm.gpa(at + len)));
+    claim_eq!(vcpu.pre_fault(vm.slot_gpa(at), len, 0), done(vm.slot_gpa(at + len)));
     claim_eq!(claim_ok!(vm.gmem.cache_stat(at, len)).cached, 3, "pages in the range");
     claim_eq!(claim_ok!(vm.gmem.cache_stat(0, 0)).cached, 3, "pages in the file");
     Ok(())
@@ -210,7 +219,7 @@ fn contents_are_kept(cx: &Context) -> TestResult {
     let mut vcpu = vm.vcpu(0)?;
     claim_matches!(vcpu.execute(GuestOp::Fill { gpa: vm.gpa(0), len: 2 * PAGE_SIZE, byte: 0x77 }), Exit::Done(_));
     claim_ok!(vm.gmem.punch_hole(PAGE_SIZE, PAGE_SIZE));
-    claim_eq!(vcpu.pre_fault(vm.gpa(0), vm.len, 0), done(vm.gpa(vm.len)));
+    claim_eq!(vcpu.pre_fault(vm.slot_gpa(0), vm.len, 0), done(vm.slot_gpa(vm.len)));
     for (page, byte) in [0x77, 0, 0].into_iter().enumerate() {
         let gpa = vm.gpa(page as u64 * PAGE_SIZE);
         claim_eq!(vcpu.execute(GuestOp::Check { gpa, len: PAGE_SIZE, byte }), Exit::Done(0), "page {page}");
@@ -222,10 +231,10 @@ fn guest_takes_no_fault_on_prefaulted_memory(cx: &Context, &backing: &Backing) -
     let scene = Scene::new(cx, backing)?;
     let mut vcpu = scene.vcpu()?;
     // The payload's own pages are faulted in by a first operation of the same kind.
-    claim_eq!(vcpu.execute(GuestOp::Touch { gpa: BASE + MIB2, len: PAGE_SIZE }), Exit::Done(1));
+    claim_eq!(vcpu.execute(GuestOp::Touch { gpa: scene.address(BASE + MIB2), len: PAGE_SIZE }), Exit::Done(1));
     claim_eq!(vcpu.pre_fault(BASE, 64 * PAGE_SIZE, 0), done(BASE + 64 * PAGE_SIZE));
     let before = claim_ok!(vcpu.statistic("pf_taken"));
-    claim_eq!(vcpu.execute(GuestOp::Touch { gpa: BASE, len: 64 * PAGE_SIZE }), Exit::Done(64));
+    claim_eq!(vcpu.execute(GuestOp::Touch { gpa: scene.address(BASE), len: 64 * PAGE_SIZE }), Exit::Done(64));
     claim_eq!(claim_ok!(vcpu.statistic("pf_taken")), before, "pf_taken after loads from 64 pages");
     Ok(())
 }
@@ -235,7 +244,7 @@ fn mappings_are_counted_and_faults_are_not(cx: &Context) -> TestResult {
     let mut vcpu = vm.vcpu(0)?;
     claim_eq!(vcpu.execute(GuestOp::Touch { gpa: vm.gpa(0), len: PAGE_SIZE }), Exit::Done(1));
     let (mapped, fixed) = (claim_ok!(vm.vm.statistic("pages_4k")), claim_ok!(vcpu.statistic("pf_fixed")));
-    claim_eq!(vcpu.pre_fault(vm.gpa(0), vm.len, 0), done(vm.gpa(vm.len)));
+    claim_eq!(vcpu.pre_fault(vm.slot_gpa(0), vm.len, 0), done(vm.slot_gpa(vm.len)));
     claim_eq!(claim_ok!(vm.vm.statistic("pages_4k")), mapped + 15, "pages_4k after 15 more pages");
     claim_eq!(claim_ok!(vcpu.statistic("pf_fixed")), fixed, "pf_fixed after the pre-fault");
     Ok(())
@@ -245,7 +254,11 @@ fn attribute_decides_what_is_mapped(cx: &Context) -> TestResult {
     let vm = GmemVm::convertible(cx, 4)?;
     let mut vcpu = vm.vcpu(0)?;
     vm.set_attributes(PAGE_SIZE, 2 * PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)?;
-    claim_eq!(vcpu.pre_fault(vm.gpa(0), vm.len, 0), done(vm.gpa(vm.len)), "a range that is shared and private");
+    claim_eq!(
+        vcpu.pre_fault(vm.slot_gpa(0), vm.len, 0),
+        done(vm.slot_gpa(vm.len)),
+        "a range that is shared and private"
+    );
     for (page, cached) in [0, 1, 1, 0].into_iter().enumerate() {
         let at = page as u64 * PAGE_SIZE;
         claim_eq!(claim_ok!(vm.gmem.cache_stat(at, PAGE_SIZE)).cached, cached, "page {page} in the file");

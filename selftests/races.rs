@@ -11,12 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use gmemtest::harness::{Context, GmemVm, Rng, TestResult};
-use gmemtest::machine::{
-    Errno, Exit, Facility, GuestMemfd, GuestOp, Mapping, PAGE_SIZE, Reply, Vcpu, VcpuControl, VmType,
-};
-use gmemtest::uapi::kvm::{
-    GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MEMORY_EXIT_FLAG_PRIVATE,
-};
+use gmemtest::machine::{Errno, Exit, GuestMemfd, GuestOp, Mapping, PAGE_SIZE, Reply, Vcpu, VcpuControl, VmType};
+use gmemtest::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 use gmemtest::{claim, claim_eq, claim_ok, fail};
 
 gmemtest::suite! {
@@ -322,7 +318,10 @@ fn no_store_is_lost_while_the_slot_comes_and_goes(cx: &Context) -> TestResult {
 
 fn converted_page_takes_no_more_stores_on_its_old_side(cx: &Context) -> TestResult {
     if cx.machine().spec().vm_type == VmType::Tdx {
-        gmemtest::skip!(Declined, "a TD says by the address whether an access is private");
+        gmemtest::skip!(
+            Declined,
+            "a TD's stores to the shared side of a private page are memory faults, not stores to its other side"
+        );
     }
     let vm = GmemVm::convertible(cx, PAGES)?;
     // A store that began before a conversion and is looked at after it is a memory fault with the flags of before.
@@ -342,11 +341,6 @@ fn converted_page_takes_no_more_stores_on_its_old_side(cx: &Context) -> TestResu
 }
 
 fn guest_leaves_whenever_its_file_is_closed(cx: &Context) -> TestResult {
-    let (file_flags, fault_flags) = if cx.has(Facility::PrivateMemory) {
-        (0, KVM_MEMORY_EXIT_FLAG_PRIVATE)
-    } else {
-        (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED, 0)
-    };
     let mut vm = GmemVm::new(cx, PAGES)?;
     // Closes the first file: the VM's slot is made anew with a file that nothing else holds.
     let GmemVm { shared, .. } = GmemVm::new(cx, PAGES)?;
@@ -354,11 +348,11 @@ fn guest_leaves_whenever_its_file_is_closed(cx: &Context) -> TestResult {
     let mut vcpu = vm.vcpu(0)?;
     for round in 0..ROUNDS / 15 {
         vm.delete_slot()?;
-        vm.gmem = claim_ok!(vm.vm.create_guest_memfd(vm.len, file_flags));
+        vm.gmem = vm.new_file()?;
         vm.create_slot()?;
         let writer = GuestWriter::start(vcpu, vm.gpa(PAGE));
         // Another file takes the place of this one, which is closed by that.
-        vm.gmem = claim_ok!(vm.vm.create_guest_memfd(PAGE_SIZE, file_flags));
+        vm.gmem = vm.new_file()?;
         let exit = match writer.thread.join() {
             Ok((back, exit)) => {
                 vcpu = back;
@@ -366,11 +360,12 @@ fn guest_leaves_whenever_its_file_is_closed(cx: &Context) -> TestResult {
             }
             Err(_) => fail!("the thread of the vCPU panicked"),
         };
-        let fault = Exit::MemoryFault { errno: Errno::EFAULT, flags: fault_flags, gpa: vm.gpa(PAGE), size: PAGE_SIZE };
+        let (flags, gpa) = (vm.fault_flags(), vm.slot_gpa(PAGE));
+        let fault = Exit::MemoryFault { errno: Errno::EFAULT, flags, gpa, size: PAGE_SIZE };
         claim_eq!(exit, fault, "how the guest left in round {round}");
         // The store is still under way; it completes in a slot with a file, so that the vCPU can be used again.
         vm.delete_slot()?;
-        vm.gmem = claim_ok!(vm.vm.create_guest_memfd(vm.len, file_flags));
+        vm.gmem = vm.new_file()?;
         vm.create_slot()?;
         vcpu.control().stop();
         claim!(matches!(vcpu.resume(Reply::None), Exit::Done(_)), "the guest goes on in round {round}");

@@ -1,4 +1,8 @@
 //! The VM that most tests of guest accesses start with: [`GmemVm`].
+//!
+//! It is the place where machines differ in how a page becomes private and how a guest says which side it means, so that a
+//! test need not know: KVM_SET_MEMORY_ATTRIBUTES on the VM or KVM_SET_MEMORY_ATTRIBUTES2 on the file, the attribute alone
+//! or the SHARED bit of a TD's address.
 
 use std::sync::Arc;
 
@@ -8,7 +12,45 @@ use crate::machine::{
     Facility, GuestMemfd, HostMemory, Mapping, MemoryAttributes, MemoryRegion, PAGE_SIZE, Protection, Vcpu, Vm,
     VmConfig,
 };
-use crate::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE};
+use crate::uapi::kvm::{
+    GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+};
+
+/// The side of a guest's memory that an access or a conversion means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Memory that the host can reach.
+    Shared,
+    /// Memory that only the guest can reach.
+    Private,
+}
+
+impl Side {
+    /// The KVM_MEMORY_ATTRIBUTE_* bits of the side.
+    pub fn attributes(self) -> u64 {
+        match self {
+            Side::Shared => 0,
+            Side::Private => KVM_MEMORY_ATTRIBUTE_PRIVATE,
+        }
+    }
+
+    /// The `flags` of KVM_EXIT_MEMORY_FAULT for an access to the side.
+    pub fn fault_flags(self) -> u64 {
+        match self {
+            Side::Shared => 0,
+            Side::Private => KVM_MEMORY_EXIT_FLAG_PRIVATE,
+        }
+    }
+
+    /// The address by which a guest of `vm` reaches the side: a TD sets the SHARED bit, every other guest has one address
+    /// for both.
+    pub fn address(self, vm: &dyn Vm, gpa: u64) -> u64 {
+        match self {
+            Side::Shared => gpa | vm.shared_bit(),
+            Side::Private => gpa,
+        }
+    }
+}
 
 /// A VM with the payload and one slot that is bound to a guest_memfd.
 ///
@@ -23,6 +65,10 @@ pub struct GmemVm {
     pub shared: Box<dyn Mapping>,
     /// Bytes in the file and in the slot.
     pub len: u64,
+    /// The side on which the guest reaches the file.
+    pub side: Side,
+    /// The KVM_CREATE_GUEST_MEMFD flags of the file.
+    pub file_flags: u64,
 }
 
 impl GmemVm {
@@ -50,9 +96,10 @@ impl GmemVm {
         cx.require(Facility::GmemInitShared)?;
         let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 2 }));
         let len = pages * PAGE_SIZE;
-        let gmem = claim_ok!(vm.create_guest_memfd(len, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED));
+        let file_flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
+        let gmem = claim_ok!(vm.create_guest_memfd(len, file_flags));
         let shared = claim_ok!(gmem.map(len, 0, Protection::SHARED_RW));
-        GmemVm { vm, gmem, shared, len }.with_slot()
+        GmemVm { vm, gmem, shared, len, side: Side::Shared, file_flags }.with_slot()
     }
 
     /// A file without flags beside ordinary memory; the whole slot is private, so that every guest access uses the file.
@@ -60,23 +107,33 @@ impl GmemVm {
     /// # Errors
     /// The failure of any call, or a skip when the machine has no private memory.
     pub fn private(cx: &Context, pages: u64) -> TestResult<GmemVm> {
-        let vm = GmemVm::convertible(cx, pages)?;
-        vm.set_attributes(0, vm.len, KVM_MEMORY_ATTRIBUTE_PRIVATE)?;
+        cx.require(Facility::LazyAccept)?;
+        let vm = GmemVm::beside_ordinary_memory(cx, pages)?;
+        // A file of a kernel that converts in place starts private and says so itself.
+        if !cx.has(Facility::InPlaceConversion) {
+            vm.set_attributes(0, vm.len, KVM_MEMORY_ATTRIBUTE_PRIVATE)?;
+        }
         Ok(vm)
     }
 
-    /// A file without flags beside ordinary memory; the whole slot is shared until the test makes parts of it private.
+    /// A file without flags beside ordinary memory; the whole slot is shared until the test makes parts of it private. The
+    /// two sides of a page are two pages.
     ///
     /// # Errors
-    /// The failure of any call, or a skip when the machine has no private memory.
+    /// The failure of any call, or a skip when the machine has no private memory, or no two pages for one frame.
     pub fn convertible(cx: &Context, pages: u64) -> TestResult<GmemVm> {
-        cx.require(Facility::PrivateMemory)?;
+        cx.require(Facility::LazyAccept)?;
         cx.require(Facility::MemoryAttributes)?;
+        GmemVm::beside_ordinary_memory(cx, pages)
+    }
+
+    fn beside_ordinary_memory(cx: &Context, pages: u64) -> TestResult<GmemVm> {
+        cx.require(Facility::PrivateMemory)?;
         let vm = claim_ok!(cx.machine().create_vm(VmConfig::Payload { vcpus: 2 }));
         let len = pages * PAGE_SIZE;
         let gmem = claim_ok!(vm.create_guest_memfd(len, 0));
         let shared = claim_ok!(cx.machine().host_memory(HostMemory::Shmem, len));
-        GmemVm { vm, gmem, shared, len }.with_slot()
+        GmemVm { vm, gmem, shared, len, side: Side::Private, file_flags: 0 }.with_slot()
     }
 
     fn with_slot(self) -> TestResult<GmemVm> {
@@ -117,9 +174,32 @@ impl GmemVm {
         Ok(())
     }
 
-    /// The guest-physical address of byte `offset` of the slot.
+    /// The address by which the guest reaches byte `offset` of the file.
     pub fn gpa(&self, offset: u64) -> u64 {
+        self.address(offset, self.side)
+    }
+
+    /// The address by which the guest reaches one side of byte `offset` of the slot.
+    pub fn address(&self, offset: u64, side: Side) -> u64 {
+        side.address(&*self.vm, GmemVm::GPA + offset)
+    }
+
+    /// The guest-physical address of byte `offset` of the slot as regions, attributes and exits have it.
+    pub fn slot_gpa(&self, offset: u64) -> u64 {
         GmemVm::GPA + offset
+    }
+
+    /// The `flags` of KVM_EXIT_MEMORY_FAULT for a guest access by [`GmemVm::gpa`].
+    pub fn fault_flags(&self) -> u64 {
+        self.side.fault_flags()
+    }
+
+    /// Another file of the same size and flags.
+    ///
+    /// # Errors
+    /// The failure of the call.
+    pub fn new_file(&self) -> TestResult<Arc<dyn GuestMemfd>> {
+        Ok(claim_ok!(self.vm.create_guest_memfd(self.len, self.file_flags)))
     }
 
     /// A vCPU that is ready to execute guest operations.

@@ -36,7 +36,7 @@ pub mod wire;
 
 pub use context::{Context, Notes, by_release};
 pub use fork::{ChildEnd, in_child};
-pub use gmem_vm::GmemVm;
+pub use gmem_vm::{GmemVm, Side};
 pub use outcome::{Outcome, Record, Summary};
 pub use seed::{Rng, Seed};
 pub use stop::{Failure, Stop, TestResult};

@@ -154,6 +154,8 @@ facilities! {
     PrivateMemory = "private-memory",
     /// The VM is a TD: KVM_MEMORY_ENCRYPT_OP takes the KVM_TDX_* sub-commands.
     Tdx = "tdx",
+    /// The guest takes private memory into use by touching it: nothing has to be accepted, or the payload accepts at a #VE.
+    LazyAccept = "lazy-accept",
     /// Handles are file descriptors of the running kernel: dup, fork, exec, SCM_RIGHTS mean something.
     RealFiles = "real-files",
     /// cachestat(2), CONFIG_CACHESTAT_SYSCALL, 6.5.

@@ -1,7 +1,7 @@
 //! What the model has.
 
 use super::super::mmu::capabilities::capability;
-use super::super::profile::{Kernel, Profile};
+use super::super::profile::{Kernel, PendingAccess, Profile};
 use crate::machine::{Availability, Facility, SkipKind, VmType};
 use crate::uapi::kvm::KVM_CAP_GUEST_MEMFD;
 use crate::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
@@ -36,6 +36,13 @@ pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Avai
             "VMs with private memory have no second address space",
             "sim:default",
         ),
+        Facility::LazyAccept if vm_type == VmType::Tdx && profile.pending == PendingAccess::Exit => {
+            Availability::absent(
+                SkipKind::Declined,
+                "pending=exit: the VM dies of a guest's access to a page that it has not accepted",
+                "pending=accept",
+            )
+        }
         Facility::RealFiles => not_modelled("the model's handles are not file descriptors"),
         Facility::Userfaultfd => not_modelled("userfaultfd(2) is not modelled"),
         Facility::NumaNodes => not_modelled("the model has one NUMA node"),
