@@ -47,6 +47,7 @@ selftests! {
     "../selftests/tdx_measure.rs" tdx_measure,
     "../selftests/tdx_lifecycle.rs" tdx_lifecycle,
     "../selftests/tdx_refused.rs" tdx_refused,
+    "../selftests/tdx_calls.rs" tdx_calls,
     "../selftests/tdx_guest.rs" tdx_guest,
     "../selftests/tdx_stale.rs" tdx_stale,
 }
