@@ -84,7 +84,10 @@ enum Kernel {
     WithoutInPlace,
 }
 
-const REGIONS: &[(&str, (fn(&mut KvmTdxInitMemRegion, u64), Kernel))] = &[
+/// What is done to a region that is right, given the SHARED bit.
+type Mistake = (fn(&mut KvmTdxInitMemRegion, u64), Kernel);
+
+const REGIONS: &[(&str, Mistake)] = &[
     ("no_source", (|region, _| region.source_addr = 0, Kernel::WithoutInPlace)),
     ("source_off_a_page", (|region, _| region.source_addr += 8, Kernel::Any)),
     ("address_off_a_page", (|region, _| region.gpa += 1, Kernel::Any)),
@@ -141,7 +144,7 @@ impl Scene {
     }
 }
 
-fn region_is_refused(cx: &Context, &(apply, kernel): &(fn(&mut KvmTdxInitMemRegion, u64), Kernel)) -> TestResult {
+fn region_is_refused(cx: &Context, &(apply, kernel): &Mistake) -> TestResult {
     if kernel == Kernel::WithoutInPlace && cx.has(Facility::InPlaceConversion) {
         gmemtest::skip!(Declined, "with in-place conversion a region without a source has its contents in place");
     }

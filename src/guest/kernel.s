@@ -115,8 +115,8 @@ gmemtest_payload:
     push 0x23
     push rax
     iretq
-// #VE of a TD: an access to a page that was not accepted. Accept it, 4 KiB or what it is mapped in, and go back to the
-// access; report any other #VE like an exception. TDG.VP.VEINFO.GET is needed in both cases: without it the next #VE
+// #VE of a TD: an access to a page that was not accepted, or to shared memory that is not there. Accept the page, 4 KiB or
+// what it is mapped in, and go back to the access; do the other access by TDVMCALL; report any other #VE like an exception. TDG.VP.VEINFO.GET is needed in both cases: without it the next #VE
 // would be a #DF.
 .Lvirtualization:
     push rax
@@ -131,6 +131,10 @@ gmemtest_payload:
     jnz .Lvirtualization_other
     cmp ecx, 48
     jne .Lvirtualization_other
+    mov rcx, rsp
+    and rcx, -{area_size}
+    test r9, [rcx + {shared_bit}]
+    jnz .Lmmio
     mov rcx, r9
     and rcx, -0x1000
 .Laccept_again:
@@ -169,6 +173,84 @@ gmemtest_payload:
     pop rcx
     pop rax
     jmp .Lexception_of_command
+// TDVMCALL of MMIO (exit reason 48) for the access at the saved RIP: between RAX and [rdi], as the commands for one value
+// do it. EDX becomes its size, with bit 8 for a store, R8D the length of the instruction. Above the eleven registers are
+// vector, error code and RIP.
+.Lmmio:
+    push r11
+    push r12
+    push r13
+    push r14
+    push r15
+    mov r8, [rsp + 104]
+    mov edx, 4
+    mov r10d, 2
+    movzx eax, byte ptr [r8]
+    cmp al, 0x66
+    je .Lmmio_2
+    cmp al, 0x48
+    je .Lmmio_8
+    cmp al, 0x0f
+    jne .Lmmio_opcode
+    mov r10d, 3
+    movzx eax, byte ptr [r8 + 1]
+    mov edx, 1
+    cmp al, 0xb6
+    je .Lmmio_load
+    mov edx, 2
+    cmp al, 0xb7
+    je .Lmmio_load
+    jmp .Lmmio_other
+.Lmmio_2:
+    mov edx, 2
+    jmp .Lmmio_prefixed
+.Lmmio_8:
+    mov edx, 8
+.Lmmio_prefixed:
+    mov r10d, 3
+    movzx eax, byte ptr [r8 + 1]
+.Lmmio_opcode:
+    cmp al, 0x8b
+    je .Lmmio_load
+    cmp al, 0x89
+    je .Lmmio_store
+    cmp al, 0x88
+    jne .Lmmio_other
+    mov edx, 1
+.Lmmio_store:
+    or edx, 0x100
+.Lmmio_load:
+    mov r8d, r10d
+    movzx r12d, dl
+    mov r13d, edx
+    shr r13d, 8
+    mov r14, r9
+    mov r15, [rsp + 80]
+    xor eax, eax
+    mov ecx, 0xfc00
+    xor r10d, r10d
+    mov r11d, 48
+    .byte 0x66, 0x0f, 0x01, 0xcc
+    test r10, r10
+    jnz .Lmmio_other
+    add [rsp + 104], r8
+    test edx, 0x100
+    jnz .Lmmio_over
+    mov [rsp + 80], r11
+.Lmmio_over:
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop r11
+    jmp .Lvirtualization_over
+.Lmmio_other:
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop r11
+    jmp .Lvirtualization_other
 // Exceptions: report them, and go on with the next command.
 .Lexception:
     cmp byte ptr [rsp], 20

@@ -47,6 +47,26 @@ impl From<LpError> for Stop {
     }
 }
 
+/// What the payload's handler of #VE comes to.
+#[derive(Clone, Copy, Debug)]
+pub enum Handled {
+    /// The access is to be tried again.
+    Again,
+    /// The access is done by this TDVMCALL.
+    Mmio(Regs),
+    /// The exception is reported.
+    No,
+}
+
+/// A load or a store.
+#[derive(Clone, Copy, Debug, Default)]
+struct Access {
+    gpa: u64,
+    size: u64,
+    /// The value stored.
+    store: Option<u64>,
+}
+
 /// What an instruction comes to.
 pub type Done<T> = Result<T, Stop>;
 
@@ -56,6 +76,10 @@ pub struct Cpu<'m> {
     lp: LpId,
     tdvpr: u64,
     shared_bit: u64,
+    /// The access under way.
+    access: Access,
+    /// What the next access finds, which a TDVMCALL has done.
+    answer: Option<u64>,
 }
 
 /// The bytes `from..from + len` of a word, as a mask.
@@ -69,7 +93,7 @@ impl<'m> Cpu<'m> {
     pub fn new(module: &'m mut Module, lp: LpId, tdvpr: u64) -> Cpu<'m> {
         let td = module.vcpu(tdvpr).and_then(|vcpu| module.td(vcpu.tdr_pa));
         let shared_bit = td.map_or(1 << 47, |td| td.gpaw.shared_bit());
-        Cpu { module, lp, tdvpr, shared_bit }
+        Cpu { module, lp, tdvpr, shared_bit, access: Access::default(), answer: None }
     }
 
     /// The bit of a guest-physical address that makes it shared.
@@ -113,6 +137,10 @@ impl<'m> Cpu<'m> {
 
     /// Loads up to 8 bytes.
     pub fn load(&mut self, gpa: u64, size: u64) -> Done<u64> {
+        self.access = Access { gpa, size, store: None };
+        if let Some(answer) = self.answer.take() {
+            return Ok(answer & mask(0, size));
+        }
         let (at, from) = (gpa & !7, gpa & 7);
         let low = self.word(at)? >> (8 * from);
         let high = if from + size > 8 { self.word(at + 8)? << (8 * (8 - from)) } else { 0 };
@@ -121,6 +149,10 @@ impl<'m> Cpu<'m> {
 
     /// Stores up to 8 bytes.
     pub fn store(&mut self, gpa: u64, size: u64, value: u64) -> Done<()> {
+        self.access = Access { gpa, size, store: Some(value) };
+        if self.answer.take().is_some() {
+            return Ok(());
+        }
         let (at, from) = (gpa & !7, gpa & 7);
         let here = size.min(8 - from);
         if size > here {
@@ -146,22 +178,42 @@ impl<'m> Cpu<'m> {
         self.value(gpa, outcome)
     }
 
-    /// The payload's handler of #VE: it accepts the page that the access needs. Whether the access is to be tried again;
-    /// where it is not, the exception is reported.
-    pub fn handle_ve(&mut self) -> Done<bool> {
+    /// The payload's handler of #VE: it accepts the page that the access needs, or does an access to shared memory that is
+    /// not there by TDVMCALL.
+    pub fn handle_ve(&mut self) -> Done<Handled> {
         let mut regs = Regs { rax: u64::from(TdcallLeaf::VpVeinfoGet.number()), ..Regs::default() };
         let taken = self.module.tdcall(self.lp, &mut regs)?;
         let known = matches!(taken, GuestOutcome::Tdcall(status) if status.is_zero());
         if !known || regs.rcx != EPT_VIOLATION {
-            return Ok(false);
+            return Ok(Handled::No);
+        }
+        if regs.r9 & self.shared_bit != 0 {
+            let Access { gpa, size, store } = self.access;
+            return Ok(Handled::Mmio(Regs {
+                rcx: 0xfc00,
+                r11: EPT_VIOLATION,
+                r12: size,
+                r13: u64::from(store.is_some()),
+                r14: gpa,
+                r15: store.unwrap_or(0),
+                ..Regs::default()
+            }));
         }
         let accepted = |status: u64| status == 0 || Status(status).is(Code::PageAlreadyAccepted);
-        let status = self.accept(regs.r9 & !(PAGE - 1), 0)?;
+        let mut status = self.accept(regs.r9 & !(PAGE - 1), 0)?;
         if Status(status).is(Code::PageSizeMismatch) {
-            return Ok(accepted(self.accept(regs.r9 & !(layout::HUGE - 1), 1)?));
+            status = self.accept(regs.r9 & !(layout::HUGE - 1), 1)?;
         }
         // Busy: the access will be a #VE again.
-        Ok(accepted(status) || Status(status).is(Code::OperandBusy))
+        let again = accepted(status) || Status(status).is(Code::OperandBusy);
+        Ok(if again { Handled::Again } else { Handled::No })
+    }
+
+    /// The next access, which is the one that was done by TDVMCALL, has this result; R10 is the status of the TDVMCALL.
+    pub fn answer_access(&mut self) -> bool {
+        let regs = self.registers();
+        self.answer = Some(regs.r11);
+        regs.r10 == 0
     }
 
     /// Whether the vCPU takes an NMI now.

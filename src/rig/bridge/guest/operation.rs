@@ -67,6 +67,12 @@ impl Operation {
         Operation { command, gpa, len, value, done: 0, wait: Wait::Nothing }
     }
 
+    /// Whether its accesses are moves of one value, which the payload can do by TDVMCALL.
+    pub fn is_one_value(&self) -> bool {
+        let moves = [command::READ, command::WRITE, command::TOUCH, command::READ_WHILE, command::WRITE_UNTIL_STOPPED];
+        moves.contains(&self.command)
+    }
+
     /// Executes a little; `Some` at the end.
     pub fn step(&mut self, cpu: &mut Cpu<'_>, mailbox: u64) -> Done<Option<Outcome>> {
         let done = |result: u64| Ok(Some(Outcome::Done(result)));

@@ -1,6 +1,6 @@
 //! The payload's life: start, commands from the mailbox, results, reports.
 
-use super::cpu::{Cpu, Done, Exception, Stop, VECTOR_NMI, VECTOR_VE};
+use super::cpu::{Cpu, Done, Exception, Handled, Stop, VECTOR_NMI, VECTOR_VE};
 use super::operation::{Operation, Outcome};
 use crate::guest::mailbox::{command, status, word};
 use crate::guest::{BootParameter, image, layout};
@@ -40,19 +40,21 @@ pub struct Payload {
     at: At,
     index: u32,
     parameter: u64,
+    /// Whether the access under way is done by a TDVMCALL.
+    mmio: bool,
 }
 
 impl Default for Payload {
     /// A vCPU at the reset vector.
     fn default() -> Payload {
-        Payload { at: At::Reset, index: 0, parameter: 0 }
+        Payload { at: At::Reset, index: 0, parameter: 0, mmio: false }
     }
 }
 
 impl Payload {
     /// Executes a little. `Err` gives the processor back to the host, with a remark where a person should know.
     pub fn step(&mut self, cpu: &mut Cpu<'_>) -> Result<(), (Stop, Option<String>)> {
-        match self.take_nmi(cpu).and_then(|()| self.advance(cpu)) {
+        match self.take_nmi(cpu).and_then(|()| self.answer_access(cpu)).and_then(|()| self.advance(cpu)) {
             Ok(()) => Ok(()),
             Err(Stop::Exception(exception)) => self.exception(cpu, exception),
             Err(stop) => Err((stop, None)),
@@ -68,6 +70,14 @@ impl Payload {
         Ok(())
     }
 
+    /// The access that a TDVMCALL has done is over, or the #VE is reported.
+    fn answer_access(&mut self, cpu: &mut Cpu<'_>) -> Done<()> {
+        if std::mem::take(&mut self.mmio) && !cpu.answer_access() {
+            return Err(Stop::Exception(Exception { vector: VECTOR_VE, error: 0, cr2: 0 }));
+        }
+        Ok(())
+    }
+
     fn dead(&self, cpu: &mut Cpu<'_>, why: String) -> (Stop, Option<String>) {
         (cpu.triple_fault(), Some(format!("a TD's vCPU triple-faults: it found {why}")))
     }
@@ -79,8 +89,16 @@ impl Payload {
             let why = format!("exception {} in the payload's own memory", exception.vector);
             return Err(self.dead(cpu, why));
         }
-        if exception.vector == VECTOR_VE && cpu.handle_ve().map_err(|stop| (stop, None))? {
-            return Ok(());
+        self.mmio = false;
+        if exception.vector == VECTOR_VE {
+            match cpu.handle_ve().map_err(|stop| (stop, None))? {
+                Handled::Again => return Ok(()),
+                Handled::Mmio(regs) if matches!(&self.at, At::Operate(operation) if operation.is_one_value()) => {
+                    self.mmio = true;
+                    return Err((cpu.vmcall(regs), None));
+                }
+                Handled::Mmio(_) | Handled::No => {}
+            }
         }
         self.at = At::Finish(
             vec![
