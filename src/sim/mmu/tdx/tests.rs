@@ -9,6 +9,7 @@ use crate::sim::SimMachine;
 use crate::sim::tdx_module::fault::{FaultRule, When};
 use crate::sim::tdx_module::trace::LeafCount;
 use crate::sim::tdx_module::{AnyLeaf, Code, Leaf, Operand, Status};
+use crate::uapi::tdx_status::TdxStatus;
 use std::sync::Arc;
 
 const GPA: u64 = 1 << 32;
@@ -241,4 +242,16 @@ fn a_running_vcpu_is_kicked_out_for_a_zap() {
     control.stop();
     assert_eq!(runner.join().unwrap(), Exit::Done(0));
     assert_eq!(td.machine.with_world(|world| world.tdx_host().module.check()), vec![]);
+}
+
+#[test]
+fn statuses_are_called_by_the_names_that_the_module_has_for_them() {
+    let mut named = 0;
+    for &code in Code::ALL {
+        if let Some(name) = TdxStatus(Status::from(code).0).name() {
+            assert_eq!(format!("TDX_{name}"), code.name());
+            named += 1;
+        }
+    }
+    assert!(named > 30, "{named} of {} codes", Code::ALL.len());
 }
