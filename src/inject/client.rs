@@ -29,6 +29,13 @@ impl ModuleClient {
         Ok(ModuleClient { stream: Mutex::new(BufReader::new(UnixStream::connect(path)?)) })
     }
 
+    /// Ends the conversation at once, without a word, as a process does that is killed.
+    #[cfg(test)]
+    pub(crate) fn hang_up(&self) {
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.get_ref().shutdown(std::net::Shutdown::Both).expect("the connection is open");
+    }
+
     fn ask(&self, question: &Question) -> Result<Answer, Errno> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         let mut line = serde_json::to_string(question).map_err(|_| Errno::EPROTO)?;

@@ -1,9 +1,13 @@
 //! The bridge against a kernel that is played here: the mailboxes' rules, a TD's life, and what breaks the rules.
 
-use std::io::Write;
-use std::os::unix::net::UnixStream;
+use std::fs::File;
+use std::io::{BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::mailbox::{ANSWERED, REQUEST, SIZE};
@@ -11,6 +15,9 @@ use super::ram::Ram;
 use super::{Bridge, Notice};
 use crate::guest::mailbox::{command, status, word};
 use crate::guest::{image, layout};
+use crate::inject::ModuleClient;
+use crate::machine::{Errno, ModuleFault, TdxModule};
+use crate::rig::init::module::converse;
 use crate::sim::tdx_module::td::TDCS_PAGES;
 use crate::sim::tdx_module::vcpu::TDVPS_PAGES;
 use crate::sim::tdx_module::{Code, Leaf, Reg, Regs, Status};
@@ -39,8 +46,8 @@ struct Kernel {
     next_page: u64,
     tdr: u64,
     tdvpr: u64,
+    channel: UnixStream,
     _bridge: Bridge,
-    _channel: UnixStream,
 }
 
 impl Kernel {
@@ -52,7 +59,7 @@ impl Kernel {
         let (sender, notices) = mpsc::channel();
         let bridge =
             Bridge::start(ram, CPUS, doorbell, far, Box::new(move |notice| drop(sender.send(notice)))).unwrap();
-        Kernel { ram: own, bell, notices, next_page: PAGES, tdr: 0, tdvpr: 0, _bridge: bridge, _channel: channel }
+        Kernel { ram: own, bell, notices, next_page: PAGES, tdr: 0, tdvpr: 0, channel, _bridge: bridge }
     }
 
     fn hello(&mut self, pa: u64, count: u32) {
@@ -343,6 +350,47 @@ fn a_kernel_that_breaks_the_rules_is_told_which() {
         let complaint = kernel.complaint();
         assert!(complaint.contains(part), "{complaint}");
     }
+}
+
+/// A test's process in the guest: its connection goes over the init's broker.
+fn connect(port: &Arc<Mutex<BufReader<File>>>) -> (ModuleClient, JoinHandle<()>) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("module");
+    let listener = UnixListener::bind(&path).unwrap();
+    let client = ModuleClient::connect(&path).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let port = Arc::clone(port);
+    (client, std::thread::spawn(move || converse(&stream, &port)))
+}
+
+#[test]
+fn a_process_sees_the_module_and_its_faults_end_with_it() {
+    let mut kernel = Kernel::power_on();
+    let port = File::from(OwnedFd::from(kernel.channel.try_clone().unwrap()));
+    let port = Arc::new(Mutex::new(BufReader::new(port)));
+    let (client, broker) = connect(&port);
+    assert_eq!(client.position(), Err(Errno::ENODEV));
+    kernel.bring_up();
+    let read = |kernel: &mut Kernel| kernel.call(1, Leaf::SysRd, &[(Reg::Rdx, 0x0800_0001_0000_0004)]).rax;
+    let from = client.position().unwrap();
+    let fault = client.add_fault(&ModuleFault::always(Leaf::SysRd.number(), 0x8000_0200_0000_0000)).unwrap();
+    assert_eq!(read(&mut kernel), 0x8000_0200_0000_0000);
+    assert_eq!((client.fault_hits(fault), client.fault_hits(fault + 1)), (Ok(1), Err(Errno::ENOENT)));
+    let calls = client.calls_since(from).unwrap();
+    assert_eq!(calls.len(), 1);
+    assert_eq!((calls[0].processor, calls[0].leaf, calls[0].status), (1, 34, 0x8000_0200_0000_0000));
+    // More calls than one answer holds: the bring-up.
+    assert_eq!(client.calls_since(0).unwrap().len() as u64, from + 1);
+    assert_eq!(client.violations(), Ok(Vec::new()));
+    let page = kernel.page();
+    assert!(client.page_owner(page / PAGE).unwrap().is_free());
+    assert_eq!(client.page_owner(RAM / PAGE), Err(Errno::ENXIO));
+    kernel.must(Leaf::MngCreate, &[(Reg::Rcx, page), (Reg::Rdx, 33)]);
+    assert_eq!(client.page_owner(page / PAGE).unwrap().page_type, 4);
+    // A process that dies says nothing any more; what it planned is taken back all the same.
+    client.hang_up();
+    broker.join().unwrap();
+    assert_eq!(read(&mut kernel), 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod command;
 mod devices;
 mod emulated;
 mod limits;
-mod module;
+pub(super) mod module;
 mod modules;
 mod mounts;
 mod port;

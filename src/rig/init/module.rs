@@ -32,7 +32,8 @@ pub fn broker() -> Option<String> {
     None
 }
 
-fn converse(stream: &UnixStream, port: &Mutex<BufReader<File>>) {
+/// Passes on a process's questions until it has gone.
+pub fn converse(stream: &UnixStream, port: &Mutex<BufReader<File>>) {
     let mut planned = false;
     let mut lines = BufReader::new(stream);
     let mut line = Vec::new();
