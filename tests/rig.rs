@@ -259,7 +259,10 @@ fn what_cannot_be_booted_is_one_line_and_exit_2() {
         (&["--kernel", "/nonexistent"][..], "--kernel /nonexistent: cannot be read: No such file or directory"),
         (&["--kernel", text], "is not a bzImage"),
         (&["--kernel", image, "--memory", "1M"], "invalid value '1M' for '--memory <SIZE>'"),
-        (&["--kernel", image, "--simulated-tdx", "--memory", "1G"], "--memory: the simulated TDX module needs at least 2G"),
+        (
+            &["--kernel", image, "--simulated-tdx", "--memory", "1G"],
+            "--memory: the simulated TDX module needs at least 2G",
+        ),
         (&["--kernel", image, "--modules", text], "is not a directory"),
         (&["--kernel", image, "--console", "/nonexistent/c"], "--console /nonexistent/c: cannot be written"),
         (&["--kernel", image, "--", "vm", "--kernel", image], "vm: runs on the host"),

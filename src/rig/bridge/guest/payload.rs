@@ -95,7 +95,7 @@ impl Payload {
                 Handled::Again => return Ok(()),
                 Handled::Mmio(regs) if matches!(&self.at, At::Operate(operation) if operation.is_one_value()) => {
                     self.mmio = true;
-                    return Err((cpu.vmcall(regs), None));
+                    return Err((cpu.vmcall(*regs), None));
                 }
                 Handled::Mmio(_) | Handled::No => {}
             }
@@ -114,7 +114,7 @@ impl Payload {
     }
 
     fn mailbox(&self, cpu: &Cpu<'_>) -> u64 {
-        layout::area(self.index) + layout::MAILBOX | cpu.shared_bit()
+        (layout::area(self.index) + layout::MAILBOX) | cpu.shared_bit()
     }
 
     fn advance(&mut self, cpu: &mut Cpu<'_>) -> Done<()> {
@@ -146,14 +146,14 @@ impl Payload {
                 Ok(())
             }
             At::Operate(operation) => {
-                let mailbox = layout::area(self.index) + layout::MAILBOX | cpu.shared_bit();
+                let mailbox = (layout::area(self.index) + layout::MAILBOX) | cpu.shared_bit();
                 if let Some(outcome) = operation.step(cpu, mailbox)? {
                     self.at = At::Finish(writes(outcome), 0);
                 }
                 Ok(())
             }
             At::Finish(writes, next) => {
-                let mailbox = layout::area(self.index) + layout::MAILBOX | cpu.shared_bit();
+                let mailbox = (layout::area(self.index) + layout::MAILBOX) | cpu.shared_bit();
                 match writes.get(*next) {
                     Some(&(offset, value)) => {
                         cpu.store(mailbox + offset, 8, value)?;
@@ -208,8 +208,8 @@ fn start(index: u32, parameter: u64, shared_bit: u64) -> [(u64, u64, u64); 11] {
         (area + layout::SHARED_BIT, 8, shared_bit),
         (area + layout::DIRECTORY + layout::ALIAS_ENTRY, 8, page | shared_bit),
         (area + layout::DIRECTORY + 511 * 8, 4, page),
-        (area + layout::PDPT + 3 * 8, 4, area + layout::DIRECTORY | table),
-        (area + layout::PML4, 4, area + layout::PDPT | table),
+        (area + layout::PDPT + 3 * 8, 4, (area + layout::DIRECTORY) | table),
+        (area + layout::PML4, 4, (area + layout::PDPT) | table),
         (area + layout::PRIVATE + 4, 8, area + layout::KERNEL_STACK_END),
         (area + layout::PRIVATE + 0x66, 2, layout::IO_BITMAP),
         // LTR makes the descriptor busy.
