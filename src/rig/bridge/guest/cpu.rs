@@ -48,12 +48,12 @@ impl From<LpError> for Stop {
 }
 
 /// What the payload's handler of #VE comes to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Handled {
     /// The access is to be tried again.
     Again,
     /// The access is done by this TDVMCALL.
-    Mmio(Regs),
+    Mmio(Box<Regs>),
     /// The exception is reported.
     No,
 }
@@ -189,7 +189,7 @@ impl<'m> Cpu<'m> {
         }
         if regs.r9 & self.shared_bit != 0 {
             let Access { gpa, size, store } = self.access;
-            return Ok(Handled::Mmio(Regs {
+            return Ok(Handled::Mmio(Box::new(Regs {
                 rcx: 0xfc00,
                 r11: EPT_VIOLATION,
                 r12: size,
@@ -197,7 +197,7 @@ impl<'m> Cpu<'m> {
                 r14: gpa,
                 r15: store.unwrap_or(0),
                 ..Regs::default()
-            }));
+            })));
         }
         let accepted = |status: u64| status == 0 || Status(status).is(Code::PageAlreadyAccepted);
         let mut status = self.accept(regs.r9 & !(PAGE - 1), 0)?;

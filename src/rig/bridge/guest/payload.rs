@@ -95,7 +95,7 @@ impl Payload {
                 Handled::Again => return Ok(()),
                 Handled::Mmio(regs) if matches!(&self.at, At::Operate(operation) if operation.is_one_value()) => {
                     self.mmio = true;
-                    return Err((cpu.vmcall(regs), None));
+                    return Err((cpu.vmcall(*regs), None));
                 }
                 Handled::Mmio(_) | Handled::No => {}
             }
