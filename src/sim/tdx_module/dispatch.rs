@@ -99,7 +99,7 @@ impl Module {
             return Err(unknown);
         }
         let leaf = Leaf::from_number(number).filter(|leaf| self.offers(*leaf));
-        if version > 0 && leaf.is_none_or(|leaf| leaf.max_version(self.switches.generation) == 0) {
+        if version > 0 && leaf.is_none_or(|leaf| self.max_version(leaf) == 0) {
             return Err(unknown);
         }
         let before_ready = legal_before_ready(number);
@@ -118,6 +118,14 @@ impl Module {
         !matches!(leaf, Leaf::PhymemPamtAdd | Leaf::PhymemPamtRemove) || self.switches.dpamt
     }
 
+    /// The highest version of a leaf that the module as switched knows.
+    fn max_version(&self, leaf: Leaf) -> u8 {
+        match leaf {
+            Leaf::VpInit if self.switches.topology_enum => 1,
+            _ => leaf.max_version(self.switches.generation),
+        }
+    }
+
     /// Runs a leaf to its end or to its hold point.
     fn run_leaf(&mut self, mut call: Call, leaf: Leaf, regs: &mut Regs) -> Outcome {
         let planned = if self.faults.is_empty() || call.replaying { None } else { self.planned_fault(&call) };
@@ -128,7 +136,7 @@ impl Module {
                 }
                 Err(Stop::Fail(status))
             }
-            _ if call.version > leaf.max_version(self.switches.generation) => Err(Stop::Fail(invalid(Operand::RAX))),
+            _ if call.version > self.max_version(leaf) => Err(Stop::Fail(invalid(Operand::RAX))),
             _ => leaves::run(self, &mut call, leaf),
         };
         let outcome = match (result, planned) {

@@ -34,6 +34,8 @@ pub struct Switches {
     pub enhanced_demote: bool,
     /// TDCALL 30 exists and CONFIG_FLAGS bit 6 is legal.
     pub page_release: bool,
+    /// VP.INIT has version 1, with the x2APIC id, as the 1.5 modules that Linux accepts have; the newer generation always does.
+    pub topology_enum: bool,
     /// Erratum: a partial host write to a TD's line poisons it silently.
     pub partial_write_erratum: bool,
     /// Host and guest writes linger in the cache under their key id until flushed or evicted, so that a missing flush shows.
@@ -50,6 +52,7 @@ impl Switches {
         "dpamt",
         "enhanced-demote",
         "page-release",
+        "topology-enum",
         "partial-write-erratum",
         "cache-aliasing",
         "zero-step",
@@ -63,6 +66,7 @@ impl Switches {
             "dpamt" => self.dpamt = on,
             "enhanced-demote" => self.enhanced_demote = on,
             "page-release" => self.page_release = on,
+            "topology-enum" => self.topology_enum = on,
             "partial-write-erratum" => self.partial_write_erratum = on,
             "cache-aliasing" => self.cache_aliasing = on,
             "zero-step" => self.no_zero_step = !on,
