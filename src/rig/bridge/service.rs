@@ -13,7 +13,7 @@ use super::ram::Ram;
 use super::timing::{Last, Timing};
 use super::{Listener, Notice};
 use crate::sim::tdx_module::guest::TdExit;
-use crate::sim::tdx_module::{Leaf, LpId, Module, Outcome, Regs};
+use crate::sim::tdx_module::{Generation, Leaf, LpId, Module, Outcome, Regs, Switches};
 
 /// Steps of a guest in the doorbell's thread, before its CPU's thread goes on.
 const SHORT_STAY: u32 = 256;
@@ -147,6 +147,8 @@ impl Service {
         }
         let memory = self.ram.for_module().map_err(|error| format!("the RAM cannot be mapped: {error}"))?;
         let mut module = Module::new(platform(count, &self.ram), memory);
+        // KVM gives TDH.VP.INIT the x2APIC id, which is version 1 of the leaf.
+        module.set_switches(Switches { generation: Generation::Newer, ..Switches::default() });
         module.trace_mut().set_capacity(TRACE);
         let last = vec![None; count as usize];
         *lock(&self.world) = Some(World { module, guests: BTreeMap::new(), timing: Timing::default(), last });
