@@ -15,38 +15,38 @@ gmemtest::suite! {
     pub static SUITE: tdx_calls needs [Vm, Tdx, GuestMemfd, ModuleInjection] {
         /// KVM_TDX_INIT_VM: MNG.CREATE, MNG.KEY.CONFIG, MNG.ADDCX for every control page, MNG.INIT (__tdx_td_init()). A
         /// failure is a TD that the module does not know as KVM does.
-        initialization_of_a_td;
+        initialization_of_a_td runs Alone;
 
         /// KVM_TDX_INIT_VCPU: VP.CREATE, VP.ADDCX for every control page, VP.INIT with the initial RCX and the vCPU's id as
         /// its x2APIC id (tdx_td_vcpu_init()). A failure is a vCPU that other vCPUs cannot address.
-        initialization_of_a_vcpu;
+        initialization_of_a_vcpu runs Alone;
 
         /// KVM_TDX_FINALIZE_VM: MR.FINALIZE. A failure is a TD that never runs, or is measured twice.
-        finalization;
+        finalization runs Alone;
 
         /// The first page of a region is a MEM.SEPT.ADD for each table from the top down, then MEM.PAGE.AUG; the page beside
         /// it MEM.PAGE.AUG alone (tdx_sept_set_private_spte()). A failure maps at another level, or adds tables twice.
-        mapping_a_page needs [PreFault];
+        mapping_a_page needs [PreFault] runs Alone;
 
         /// A busy MEM.PAGE.AUG or MEM.SEPT.ADD is made again until it is not. A failure ends a TD for a matter of timing.
-        mapping_a_page_while_busy[MAPPING] needs [PreFault];
+        mapping_a_page_while_busy[MAPPING] needs [PreFault] runs Alone;
 
         /// Taking a page away is MEM.RANGE.BLOCK, MEM.TRACK, MEM.PAGE.REMOVE and PHYMEM.PAGE.WBINVD, page by page, whatever
         /// takes it (tdx_sept_remove_leaf_spte()). A failure gives a page back that a vCPU can still reach, or whose lines
         /// are in a cache.
-        taking_pages_away[LOSSES] needs [PreFault];
+        taking_pages_away[LOSSES] needs [PreFault] runs Alone;
 
         /// Before KVM_TDX_FINALIZE_VM no vCPU has run: MEM.TRACK is left out. A failure makes a call that the module
         /// refuses.
-        taking_a_page_away_before_finalization;
+        taking_a_page_away_before_finalization runs Alone;
 
         /// MEM.RANGE.BLOCK, MEM.TRACK or MEM.PAGE.REMOVE that is busy is made once more, with every vCPU out of the guest
         /// (tdh_do_no_vcpus()). A failure ends a TD for a matter of timing, or tries for ever.
-        taking_a_page_away_while_busy[REMOVING] needs [PreFault];
+        taking_a_page_away_while_busy[REMOVING] needs [PreFault] runs Alone;
 
         /// After KEY.FREEID every page that is not private memory is reclaimed once: control pages of vCPUs, tables, control
         /// pages of the TD, and the TDR, which is the last and is written back. A failure leaks a page.
-        taking_a_td_down;
+        taking_a_td_down runs Alone;
     }
 }
 

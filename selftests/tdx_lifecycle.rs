@@ -31,20 +31,20 @@ gmemtest::suite! {
         /// Pages that were the TD's are the host's again once its last descriptor is closed: initial memory, memory that
         /// was added later, tables and control pages, whatever the order of closing. A failure leaks what no other TD can
         /// use any more.
-        every_page_is_given_back[ORDERS] needs [ModuleInjection];
+        every_page_is_given_back[ORDERS] needs [ModuleInjection] runs Alone;
 
         /// The end of a TD is its vCPUs' TDH.VP.FLUSH, TDH.MNG.VPFLUSHDONE, TDH.PHYMEM.CACHE.WB and TDH.MNG.KEY.FREEID in
         /// that order; private pages are removed before, control pages reclaimed after, the TDR last (tdx_mmu_release_hkid(),
         /// tdx_reclaim_td_control_pages()). A failure gives memory back that the module still writes to.
-        end_has_its_order needs [ModuleInjection];
+        end_has_its_order needs [ModuleInjection] runs Alone;
 
         /// Private key ids run out: ENOSPC (or EBUSY, of the misc cgroup), and one that a TD gives back can be used at
         /// once. A failure leaks key ids, or uses one twice.
-        keys_run_out_and_come_back timeout 120;
+        keys_run_out_and_come_back timeout 120 runs Alone;
 
         /// KVM_TDX_FINALIZE_VM of a TD without a vCPU is what the module says: TDX_NO_VCPUS in hw_error, EIO, and the VM is
         /// dead. A failure hides the module's answer.
-        finalization_without_a_vcpu_ends_the_vm needs [ModuleInjection] allows ["SEAMCALL", "WARNING", "tdx"];
+        finalization_without_a_vcpu_ends_the_vm needs [ModuleInjection] allows ["SEAMCALL", "WARNING", "tdx"] runs Alone;
 
         /// KVM_CAP_SPLIT_IRQCHIP is EEXIST once it is enabled. A failure makes a second local APIC.
         split_irqchip_is_enabled_once;

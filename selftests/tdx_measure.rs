@@ -15,39 +15,39 @@ gmemtest::suite! {
         /// A measured page is one TDH.MEM.PAGE.ADD and sixteen TDH.MR.EXTEND of 256 bytes, in the order of its addresses;
         /// pages in the order of the calls (tdx_gmem_post_populate()). A failure gives the TD another MRTD than whoever
         /// checks it computes.
-        page_is_added_then_extended_in_order;
+        page_is_added_then_extended_in_order runs Alone;
 
         /// An unmeasured page is one TDH.MEM.PAGE.ADD and no TDH.MR.EXTEND: its address is measured, its contents are not.
         /// A failure measures what may differ from start to start.
-        unmeasured_page_is_added_only;
+        unmeasured_page_is_added_only runs Alone;
 
         /// MRTD is the SHA-384 over the records of the calls: for an added page `MEM.PAGE.ADD` and the address, for each
         /// chunk `MR.EXTEND`, the address and its 256 bytes (TDX module specification). A failure means that the TD is
         /// not the one that was measured.
-        mrtd_is_the_hash_of_the_records;
+        mrtd_is_the_hash_of_the_records runs Alone;
 
         /// TDH.MEM.PAGE.ADD that finds an operand busy is tried again until it is not (kvm_tdp_mmu_map_private_pfn()). A
         /// failure makes the start of a TD a matter of luck.
-        busy_add_is_tried_again;
+        busy_add_is_tried_again runs Alone;
 
         /// TDH.MEM.PAGE.ADD that fails otherwise is EIO, and the VM is dead. A failure goes on with a TD that lacks a page.
-        failed_add_ends_the_vm allows ["SEAMCALL", "WARNING", "tdx"];
+        failed_add_ends_the_vm allows ["SEAMCALL", "WARNING", "tdx"] runs Alone;
 
         /// TDH.MR.EXTEND that fails is EIO, and the VM is dead; the page stays added. A failure finalises a TD whose
         /// measurement lacks a part.
-        failed_extend_ends_the_vm allows ["SEAMCALL", "WARNING", "tdx"];
+        failed_extend_ends_the_vm allows ["SEAMCALL", "WARNING", "tdx"] runs Alone;
 
         /// TDH.MR.FINALIZE that finds an operand busy is EBUSY with the status in hw_error, and can be made again
         /// (tdx_td_finalize()). A failure loses a TD that only had to wait.
-        busy_finalization_can_be_repeated;
+        busy_finalization_can_be_repeated runs Alone;
 
         /// TDH.MR.FINALIZE that fails otherwise is EIO with the status in hw_error, and the VM is dead. A failure runs a TD
         /// that the module does not hold for complete.
-        failed_finalization_ends_the_vm allows ["SEAMCALL", "WARNING", "tdx"];
+        failed_finalization_ends_the_vm allows ["SEAMCALL", "WARNING", "tdx"] runs Alone;
 
         /// The module finds no contradiction in its own state after all of that. A failure is a defect of the module or
         /// of this test's machine.
-        module_is_consistent;
+        module_is_consistent runs Alone;
     }
 }
 

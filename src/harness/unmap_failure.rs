@@ -3,12 +3,17 @@
 use std::fmt;
 use std::sync::Arc;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
+
 use crate::machine::{
-    Errno, GuestMemfd, HostMemory, Machine, MemoryAttributes, MemoryRegion, ModuleFault, PAGE_SIZE, PageAccount,
-    TdxModule, Vm, VmConfig,
+    Errno, GuestMemfd, HostMemory, Machine, Mapping, MemoryAttributes, MemoryRegion, ModuleCall, ModuleFault,
+    PAGE_SIZE, PageAccount, TdxModule, Vcpu, Vm, VmConfig,
 };
 use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
+/// TDH.MEM.SEPT.ADD.
+const SEPT_ADD: u16 = 3;
 /// TDH.MEM.PAGE.AUG.
 const PAGE_AUG: u16 = 6;
 /// TDH.MEM.PAGE.REMOVE.
@@ -17,8 +22,8 @@ const PAGE_REMOVE: u16 = 29;
 const STATUS: u64 = 0xc000_0100_0000_0001;
 /// Where the page is in the guest.
 const GPA: u64 = 1 << 32;
-/// Pages that are taken from the allocator to see whether the stuck one is among them.
-const SEARCHED: u64 = 2048;
+/// Pages that another TD takes from the allocator, to see whether the stuck one is among them.
+const SEARCHED: u64 = 128;
 /// KPF_BUDDY.
 const BUDDY: u64 = 1 << 10;
 /// KPF_HWPOISON.
@@ -108,28 +113,50 @@ fn step<T>(what: &'static str) -> impl FnOnce(Errno) -> Result<T, String> {
     move |errno| Err(format!("{what}: {errno}"))
 }
 
+/// A TD with a private slot.
+struct Subject {
+    vm: Arc<dyn Vm>,
+    vcpu: Box<dyn Vcpu>,
+    gmem: Arc<dyn GuestMemfd>,
+    _shared: Box<dyn Mapping>,
+}
+
+impl Subject {
+    fn new(machine: &dyn Machine, pages: u64) -> Result<Subject, String> {
+        let len = pages * PAGE_SIZE;
+        let vm = machine.create_vm(VmConfig::Payload { vcpus: 1 }).or_else(step("a TD"))?;
+        let gmem = vm.create_guest_memfd(len, 0).or_else(step("a guest_memfd"))?;
+        let shared = machine.host_memory(HostMemory::Shmem, len).or_else(step("shared memory"))?;
+        let region = MemoryRegion::new(1, GPA, len).at(shared.addr()).bound_to(&*gmem, 0);
+        vm.set_memory_region(&region).or_else(step("a slot"))?;
+        convert(&*vm, &*gmem, len, KVM_MEMORY_ATTRIBUTE_PRIVATE).or_else(step("the conversion to private"))?;
+        let vcpu = vm.create_vcpu(0).or_else(step("a vCPU"))?;
+        let mut subject = Subject { vm, vcpu, gmem, _shared: shared };
+        subject.vcpu.pre_fault(GPA, PAGE_SIZE, 0).result.or_else(step("KVM_PRE_FAULT_MEMORY"))?;
+        Ok(subject)
+    }
+}
+
 fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFailure, String> {
+    // What is freed on a CPU is given out there first.
+    let _here = OneCpu::stay();
+    // The next owner is there before, with everything that KVM allocates for it.
+    let mut next = Subject::new(machine, SEARCHED)?;
     let start = module.position().or_else(step("the module's calls"))?;
-    let vm = machine.create_vm(VmConfig::Payload { vcpus: 1 }).or_else(step("a TD"))?;
-    let gmem = vm.create_guest_memfd(PAGE_SIZE, 0).or_else(step("a guest_memfd"))?;
-    let shared = machine.host_memory(HostMemory::Shmem, PAGE_SIZE).or_else(step("shared memory"))?;
-    let region = MemoryRegion::new(1, GPA, PAGE_SIZE).at(shared.addr()).bound_to(&*gmem, 0);
-    vm.set_memory_region(&region).or_else(step("a slot"))?;
-    convert(&*vm, &*gmem, KVM_MEMORY_ATTRIBUTE_PRIVATE).or_else(step("the conversion to private"))?;
-    let mut vcpu = vm.create_vcpu(0).or_else(step("a vCPU"))?;
-    vcpu.pre_fault(GPA, PAGE_SIZE, 0).result.or_else(step("KVM_PRE_FAULT_MEMORY"))?;
+    let Subject { vm, gmem, .. } = &Subject::new(machine, 1)?;
     let calls = module.calls_since(start).or_else(step("the module's calls"))?;
     let mapped =
         calls.iter().rev().find(|call| call.leaf == PAGE_AUG && !call.guest && call.operands[0] & !0xfff == GPA);
     let frame = mapped.ok_or("the page was not mapped by TDH.MEM.PAGE.AUG")?.operands[2] / PAGE_SIZE;
 
-    let before = account(machine, &gmem);
+    let before = account(machine, gmem);
     module.add_fault(&ModuleFault::always(PAGE_REMOVE, STATUS).at(GPA)).or_else(step("a fault"))?;
-    let conversion = convert(&*vm, &*gmem, 0);
-    let failed = account(machine, &gmem);
+    let conversion = convert(&**vm, &**gmem, PAGE_SIZE, 0);
+    let failed = account(machine, gmem);
     let poisoned_in_file = machine.page_flags(frame).unwrap_or(0) & HWPOISON != 0;
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let punch = gmem.fallocate(mode, 0, PAGE_SIZE as i64);
+    let given_out = punch.is_ok() && is_given_out(module, &mut next, frame)?;
     let owner = module.page_owner(frame).or_else(step("the page's owner"))?;
     let flags = machine.page_flags(frame).unwrap_or(0);
     // A poisoned page is taken out when it is freed, and then it is none any more.
@@ -140,18 +167,40 @@ fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFa
         punch,
         vm_dead: vm.capability(0) == Err(Errno::EIO),
         owned: !owner.is_free(),
-        freed: punch.is_ok() && !poisoned && (free || is_given_out(machine, frame)?),
+        freed: punch.is_ok() && !poisoned && (free || given_out),
         poisoned,
         references: before.as_ref().zip(failed.as_ref()).map(|(before, failed)| (before.refs, failed.refs)),
         pinned: before.as_ref().and_then(|account| account.held_by("sept-pin")).map(|pins| pins > 0),
     })
 }
 
+/// Keeps the calling thread on the CPU it runs on, until it is dropped.
+struct OneCpu(Option<CpuSet>);
+
+impl OneCpu {
+    fn stay() -> OneCpu {
+        let this = Pid::from_raw(0);
+        let before = sched_getaffinity(this).ok();
+        let mut only = CpuSet::new();
+        let stays = sched_getcpu().and_then(|cpu| only.set(cpu)).and_then(|()| sched_setaffinity(this, &only));
+        OneCpu(before.filter(|_| stays.is_ok()))
+    }
+}
+
+impl Drop for OneCpu {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            // The mask was this thread's own: only a CPU that went offline meanwhile could be in the way.
+            let _ = sched_setaffinity(Pid::from_raw(0), before);
+        }
+    }
+}
+
 /// Conversion of the page, by the VM where it keeps the attributes, by the file where that does.
-fn convert(vm: &dyn Vm, gmem: &dyn GuestMemfd, attributes: u64) -> Result<(), Errno> {
-    let range = MemoryAttributes { address: GPA, size: PAGE_SIZE, attributes, flags: 0 };
+fn convert(vm: &dyn Vm, gmem: &dyn GuestMemfd, size: u64, attributes: u64) -> Result<(), Errno> {
+    let range = MemoryAttributes { address: GPA, size, attributes, flags: 0 };
     match vm.set_memory_attributes(&range) {
-        Err(Errno::EINVAL | Errno::ENOTTY) => gmem.convert(0, PAGE_SIZE, attributes).map_err(|error| error.errno),
+        Err(Errno::EINVAL | Errno::ENOTTY) => gmem.convert(0, size, attributes).map_err(|error| error.errno),
         result => result,
     }
 }
@@ -162,16 +211,14 @@ fn account(machine: &dyn Machine, gmem: &Arc<dyn GuestMemfd>) -> Option<PageAcco
     machine.page_account(&**gmem, 0).ok().flatten()
 }
 
-/// Whether the kernel gives a frame to somebody else: pages are taken from it until it comes, or for a while.
-fn is_given_out(machine: &dyn Machine, frame: u64) -> Result<bool, String> {
-    let pages = machine.host_memory(HostMemory::Shmem, SEARCHED * PAGE_SIZE).or_else(step("memory to search"))?;
-    for page in 0..SEARCHED {
-        pages.write_u64(page * PAGE_SIZE, 1).map_err(|fault| format!("memory to search: {fault:?}"))?;
-        if pages.frame(page * PAGE_SIZE).or_else(step("the frame of a page"))? == frame {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+/// Whether the kernel gives a frame to the next TD: its pages are mapped, and the module's calls say where they lie. A frame
+/// that is another TD's is refused by the module, which ends the next TD too.
+fn is_given_out(module: &dyn TdxModule, next: &mut Subject, frame: u64) -> Result<bool, String> {
+    let start = module.position().or_else(step("the module's calls"))?;
+    let _ = next.vcpu.pre_fault(GPA + PAGE_SIZE, (SEARCHED - 1) * PAGE_SIZE, 0);
+    let calls = module.calls_since(start).or_else(step("the module's calls"))?;
+    let maps = |call: &&ModuleCall| !call.guest && matches!(call.leaf, PAGE_AUG | SEPT_ADD);
+    Ok(calls.iter().filter(maps).any(|call| call.operands[2] / PAGE_SIZE == frame))
 }
 
 #[cfg(test)]

@@ -133,7 +133,8 @@ pub fn complaints(messages: &[String]) -> Vec<String> {
     found
 }
 
-fn is_complaint(message: &str) -> bool {
+/// Whether a message begins a complaint; what follows it is its report.
+pub fn is_complaint(message: &str) -> bool {
     COMPLAINTS.iter().any(|text| message.contains(text)) && !HARMLESS.iter().any(|text| message.contains(text))
 }
 

@@ -5,5 +5,5 @@ mod kernel_log;
 mod taint;
 
 pub use environment::{Environment, KernelConfig, ModuleParameters};
-pub use kernel_log::{KernelLog, complaints};
+pub use kernel_log::{KernelLog, complaints, is_complaint};
 pub use taint::{Taint, TaintFlag};

@@ -1,6 +1,7 @@
 //! The payload's commands.
 
 use super::cpu::{Cpu, Done, Exception, Stop};
+use crate::guest::layout;
 use crate::guest::mailbox::{command, word};
 use crate::sim::tdx_module::Regs;
 use crate::uapi::kvm_para::KVM_MAP_GPA_RANGE_ENCRYPTED;
@@ -65,6 +66,12 @@ impl Operation {
     /// A command as the mailbox has it.
     pub fn new(command: u64, gpa: u64, len: u64, value: u64) -> Operation {
         Operation { command, gpa, len, value, done: 0, wait: Wait::Nothing }
+    }
+
+    /// Virtual address of the instruction under way, where it is not one of the payload's own.
+    pub fn rip(&self) -> Option<u64> {
+        let there = layout::WINDOW + (self.gpa.wrapping_add(self.done) & (layout::HUGE - 1));
+        (self.command == command::EXECUTE).then_some(there)
     }
 
     /// Whether its accesses are moves of one value, which the payload can do by TDVMCALL.
@@ -201,6 +208,7 @@ impl Operation {
         let exception = |vector: u64| Err(Stop::Exception(Exception { vector, error: 0, cr2: 0 }));
         let (mut rip, mut rax) = (self.gpa, 0);
         loop {
+            self.done = rip - self.gpa;
             cpu.fetch(rip & !7)?;
             let mut code = [0; 10];
             // What tests place in memory does not straddle pages.

@@ -100,11 +100,15 @@ impl Payload {
                 Handled::Mmio(_) | Handled::No => {}
             }
         }
+        let rip = match &self.at {
+            At::Operate(operation) => operation.rip(),
+            _ => None,
+        };
         self.at = At::Finish(
             vec![
                 (word::VECTOR, exception.vector),
                 (word::ERROR, exception.error),
-                (word::RIP, layout::CODE + layout::LONG_MODE_ENTRY),
+                (word::RIP, rip.unwrap_or(layout::CODE + layout::LONG_MODE_ENTRY)),
                 (word::CR2, exception.cr2),
                 (word::STATUS, status::EXCEPTION),
             ],
