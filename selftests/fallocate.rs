@@ -25,20 +25,24 @@ gmemtest::suite! {
         /// A failure means that a part of a page is freed, or zeroed.
         unaligned_range_cannot_be_punched[UNALIGNED];
 
-        /// Nor can it be allocated.
+        /// Nor can it be allocated. A failure means that a call for half a page does something to a whole one.
         unaligned_range_cannot_be_allocated[UNALIGNED];
 
-        /// A call that fails changes nothing: the pages that were there stay, and no other comes.
+        /// A call that fails changes nothing: the pages that were there stay, and no other comes. A failure means that
+        /// a VMM cannot trust its picture of the file after an error.
         failing_call_leaves_the_pages_alone[INPUTS] needs [Cachestat];
 
-        /// A bad descriptor is EBADF before anything else is looked at.
+        /// A bad descriptor is EBADF before anything else is looked at. A failure means that a mistaken descriptor
+        /// reaches the file system.
         closed_descriptor_is_ebadf needs [RealFiles];
 
         /// allocate adds exactly the pages of its range that were missing, punch frees exactly those that were there;
-        /// cachestat counts them (guest_memfd_test asserts the results, not the pages).
+        /// cachestat counts them (guest_memfd_test asserts the results, not the pages). A failure means that memory is
+        /// lost or kept behind the VMM's back.
         steps_leave_this_many_pages[STEPS] needs [Cachestat];
 
-        /// cachestat counts the pages of which the range covers any byte, and a length of 0 reaches to the end.
+        /// cachestat counts the pages of which the range covers any byte, and a length of 0 reaches to the end. A
+        /// failure means that nobody can tell how much memory a file has.
         cachestat_counts_the_pages_of_its_range[RANGES] needs [Cachestat];
 
         /// Pages written by the host are in the cache, and are never dirty in the sense of cachestat nor under
@@ -46,7 +50,7 @@ gmemtest::suite! {
         written_pages_are_not_dirty_for_cachestat needs [Cachestat, GmemInitShared];
 
         /// mmap alone allocates nothing; each first access of the host allocates its page and no other (no
-        /// fault-around); munmap frees nothing.
+        /// fault-around); munmap frees nothing. A failure means that a mapping costs memory that nobody asked for.
         mapping_allocates_by_access_only needs [Cachestat, GmemInitShared];
 
         /// Allocating a range again keeps its contents. A failure means that guest memory is lost by a call that
@@ -54,14 +58,16 @@ gmemtest::suite! {
         allocating_again_keeps_the_contents needs [GmemInitShared];
 
         /// Punching frees contents: the page that comes next at that offset reads zero, its neighbours are untouched
-        /// (guest_memfd_test).
+        /// (guest_memfd_test). A failure means that old data comes back, or that a neighbour loses its own.
         punched_page_comes_back_as_zeroes_and_its_neighbours_stay[PUNCHED] needs [GmemInitShared];
 
         /// A page that was allocated but never touched reads zero, although allocation itself does not zero it: after
-        /// many pages of secret bytes were freed to the system, new ones show none of them.
+        /// many pages of secret bytes were freed to the system, new ones show none of them. A failure leaks other
+        /// processes' data into the guest's memory.
         allocated_page_reads_zero_at_first_touch needs [GmemInitShared];
 
-        /// A punch from inside the file to far beyond its end frees the pages up to the end.
+        /// A punch from inside the file to far beyond its end frees the pages up to the end. A failure means that the
+        /// last pages of a file cannot be freed by a generous range.
         punch_across_the_end_frees_up_to_the_end needs [Cachestat];
 
         /// A signal ends an allocation with EINTR between two pages; the pages so far stay. A failure means that an

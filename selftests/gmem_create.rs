@@ -34,14 +34,16 @@ gmemtest::suite! {
         /// means that memory of a confidential VM starts out readable by the host.
         initially_shared_files_are_offered_without_private_memory_only needs [GmemMmap];
 
-        /// INIT_SHARED without MMAP makes a file: the flags are tested bit by bit, not as a combination.
+        /// INIT_SHARED without MMAP makes a file: the flags are tested bit by bit, not as a combination. A failure
+        /// means that the flags depend on each other in a way that no document has.
         initially_shared_file_need_not_be_mappable needs [GmemInitShared];
 
         /// A size that is zero, negative as a signed number, or no multiple of the page size is refused with EINVAL
         /// (kvm_gmem_create()). A failure means that a file without pages, or with a part of one, can be bound.
         size_is_refused[BAD_SIZES];
 
-        /// Every size from 1 to 4095 bytes is refused with EINVAL (guest_memfd_test).
+        /// Every size from 1 to 4095 bytes is refused with EINVAL (guest_memfd_test). A failure makes a file of no
+        /// pages.
         every_size_below_a_page_is_refused;
 
         /// A positive multiple of the page size makes a file of exactly that size, however large: nothing is allocated
@@ -51,24 +53,27 @@ gmemtest::suite! {
         /// The reserved words are not looked at. A failure means that programs that leave garbage there break.
         reserved_words_are_ignored[RESERVED];
 
-        /// The first error in the order of the checks is the one returned, whatever else is wrong.
+        /// The first error in the order of the checks is the one returned, whatever else is wrong. A failure means that
+        /// a VMM is told the wrong one of its mistakes.
         first_error_wins[TWO_WRONG] needs [RealFiles];
 
-        /// An argument that cannot be read is EFAULT (copy_from_user() in kvm_vm_ioctl()).
+        /// An argument that cannot be read is EFAULT (copy_from_user() in kvm_vm_ioctl()). A failure means that the
+        /// kernel acts on an argument that it did not read.
         unreadable_argument_is_efault[UNREADABLE] needs [RealFiles];
 
         /// Two files of one VM have sizes and inodes of their own, and the second does not change the first
-        /// (guest_memfd_test).
+        /// (guest_memfd_test). A failure means that two files share their state.
         two_files_have_sizes_and_inodes_of_their_own;
 
         /// Pages of one file are not pages of another of the same VM. A failure means that two files share a page
         /// cache, as all anonymous inodes once did.
         two_files_do_not_share_pages needs [Cachestat];
 
-        /// Two VMs can each have files; their inodes differ.
+        /// Two VMs can each have files; their inodes differ. A failure means that the memory of two VMs is one file.
         files_of_two_vms_have_inodes_of_their_own;
 
-        /// A new file has no page: creation allocates nothing, whatever the size.
+        /// A new file has no page: creation allocates nothing, whatever the size. A failure means that memory is
+        /// charged before it is used.
         new_file_has_no_pages[NEW_SIZES] needs [Cachestat];
 
         /// With no descriptor free the call fails with EMFILE, and works again once one is free

@@ -27,47 +27,57 @@ gmemtest::suite! {
         /// means that the kernel changed its default, on which programs that exec a helper rely.
         kernel_hands_out_a_descriptor_that_survives_exec needs [RealFiles];
 
-        /// A descriptor stays open across execve(2) unless it is close-on-exec.
+        /// A descriptor stays open across execve(2) unless it is close-on-exec. A failure means that a VMM that execs a
+        /// helper loses the guest's memory, or hands it out.
         exec_keeps_the_descriptor_unless_told_otherwise[EXEC] needs [RealFiles];
 
-        /// A duplicate is the same file: inode, size, pages.
+        /// A duplicate is the same file: inode, size, pages. A failure means that a helper process sees other memory
+        /// than the VMM.
         duplicate_is_the_same_file needs [Cachestat];
 
-        /// Closing one of two descriptors leaves the file as it is.
+        /// Closing one of two descriptors leaves the file as it is. A failure means that guest memory goes while
+        /// somebody holds it.
         file_lives_until_its_last_descriptor_closes needs [Cachestat];
 
         /// A slot that was bound through a duplicate stays bound when that one closes: the binding belongs to the file
-        /// (fdget() in kvm_gmem_bind()), so that the same range cannot be bound again.
+        /// (fdget() in kvm_gmem_bind()), so that the same range cannot be bound again. A failure means that closing a
+        /// duplicate takes memory from the guest, or that a page is bound twice.
         binding_belongs_to_the_file_not_to_the_descriptor needs [UserMemory2];
 
         /// A forked child may use the file that it inherited: it allocates, punches, maps and touches, and the parent
-        /// sees what it did.
+        /// sees what it did. A failure means that memory cannot be managed from another process.
         child_uses_the_inherited_file[CHILD_FILE] needs [RealFiles, Cachestat];
 
-        /// A forked child reads and writes shared memory through a mapping of its own.
+        /// A forked child reads and writes shared memory through a mapping of its own. A failure means that a device
+        /// process cannot reach shared memory.
         child_maps_the_inherited_file needs [GmemInitShared, RealFiles];
 
         /// Every ioctl of a forked child on the inherited VM is EIO: a VM belongs to the address space that made it
         /// (kvm_vm_ioctl()). A failure means that KVM works on one address space with the memory slots of another.
         child_gets_eio_from_the_vm[CHILD_VM] needs [RealFiles];
 
-        /// The same for a vCPU (kvm_vcpu_ioctl()).
+        /// The same for a vCPU (kvm_vcpu_ioctl()). A failure means that a process runs a vCPU on an address space that
+        /// is not its VM's.
         child_gets_eio_from_the_vcpu needs [PreFault, RealFiles];
 
-        /// A descriptor received through SCM_RIGHTS is the same file.
+        /// A descriptor received through SCM_RIGHTS is the same file. A failure means that memory cannot be handed to a
+        /// device process.
         descriptor_received_through_a_socket_is_the_same_file needs [RealFiles, Cachestat];
 
-        /// A file in flight keeps its contents although no process has a descriptor of it.
+        /// A file in flight keeps its contents although no process has a descriptor of it. A failure means that guest
+        /// memory is lost while it is handed over.
         file_in_flight_keeps_its_contents needs [RealFiles, GmemInitShared];
 
-        /// Another process that receives the descriptor may use the file, but not create another: it has no VM.
+        /// Another process that receives the descriptor may use the file, but not create another: it has no VM. A
+        /// failure means that a receiver can do less, or more, than the file allows.
         another_process_uses_the_received_file needs [RealFiles, Cachestat];
 
         /// The file works as before once its VM's descriptor is closed: it holds a reference on the VM, and asks
-        /// nothing of it.
+        /// nothing of it. A failure means that the file uses a VM that is gone.
         file_works_after_the_vm_is_closed[AFTER_VM] needs [Cachestat];
 
-        /// Shared memory can be mapped and touched once the VM is closed.
+        /// Shared memory can be mapped and touched once the VM is closed. A failure means that a mapping needs the VM,
+        /// which need not be there any more.
         file_can_be_mapped_after_the_vm_is_closed needs [GmemInitShared];
 
         /// In every order of closing file, VM, vCPU and mapping, what is still open works as before, and the guest

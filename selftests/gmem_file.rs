@@ -21,47 +21,56 @@ gmemtest::suite! {
         call_has_its_result_and_no_effect[CALLS];
 
         /// fstatfs names the file system: that of anonymous inodes up to 6.18, GUEST_MEMFD_MAGIC since 6.19 gave
-        /// guest_memfd inodes of its own.
+        /// guest_memfd inodes of its own. A failure means that a tool takes the file for one of another kind.
         statfs_names_the_file_system;
 
         /// /proc/self/fd/N of a guest_memfd cannot be opened again: the inode has no open (no_open(), ENXIO).
         /// A failure means that the restrictions of the first descriptor can be shed.
         reopening_through_proc_is_enxio needs [RealFiles];
 
-        /// st_mode is a regular file, readable and writable by its owner only.
+        /// st_mode is a regular file, readable and writable by its owner only. A failure means that another user may
+        /// open the file where it has a name.
         mode_is_a_regular_file_of_its_owner;
 
-        /// st_size is what was asked for, and st_blksize is the page size (guest_memfd_test).
+        /// st_size is what was asked for, and st_blksize is the page size (guest_memfd_test). A failure means that a
+        /// receiver of the descriptor cannot learn the size.
         size_and_block_size_are_as_created;
 
         /// st_blocks stays 0 whatever is allocated: i_blocks is never updated. A failure means that the file began to
         /// count its blocks, and a better way to see its pages exists.
         blocks_stay_zero_when_pages_are_allocated;
 
-        /// st_nlink is 1 although the file has no name in any directory.
+        /// st_nlink is 1 although the file has no name in any directory. A failure means that a tool takes the file for
+        /// a deleted one.
         link_count_is_one;
 
-        /// st_uid and st_gid are the file system ids of the thread that created the file.
+        /// st_uid and st_gid are the file system ids of the thread that created the file. A failure means that memory
+        /// is accounted to somebody else.
         owner_is_the_creator needs [RealFiles];
 
         /// mtime advances with every fallocate that succeeds and with a host write fault, and with nothing else
-        /// (file_modified() in kvm_gmem_fallocate(), file_update_time() for a shared write fault).
+        /// (file_modified() in kvm_gmem_fallocate(), file_update_time() for a shared write fault). A failure means that
+        /// a change of the file cannot be seen, or is seen where there was none.
         allocation_moves_mtime[TIMES];
 
-        /// mtime and the faults of the host: a write fault advances it, a read fault and a store that takes no fault
-        /// do not.
+        /// mtime and the faults of the host: a write fault advances it, a read fault and a store that takes no fault do
+        /// not. A failure means that the fault path differs from that of any other file.
         host_access_moves_mtime_only_by_write_fault[FAULTS] needs [GmemInitShared];
 
         /// Accesses of the guest, first ones too, do not touch mtime: KVM allocates and maps without the file's faults.
+        /// A failure means that guest accesses leave traces in the host, and cost an inode update.
         guest_access_does_not_move_mtime needs [GmemInitShared, Guest];
 
-        /// The name of the descriptor in /proc/self/fd.
+        /// The name of the descriptor in /proc/self/fd. A failure means that tools that look for guest memory in /proc
+        /// do not find it.
         descriptor_has_its_name_in_proc needs [RealFiles];
 
-        /// The name of a mapping in /proc/self/maps, where it is marked shared.
+        /// The name of a mapping in /proc/self/maps, where it is marked shared. A failure means that a mapping of guest
+        /// memory cannot be told from others.
         mapping_has_its_name_in_proc needs [GmemMmap, RealFiles];
 
-        /// fdinfo gives the inode that fstat gives, and position 0.
+        /// fdinfo gives the inode that fstat gives, and position 0. A failure means that two descriptors of one file
+        /// cannot be matched in /proc.
         fdinfo_shows_the_inode needs [RealFiles];
     }
 }

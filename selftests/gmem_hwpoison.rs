@@ -24,36 +24,45 @@ gmemtest::suite! {
         /// reference, and that is what memory_failure() reports. No signal is sent.
         poisoning_a_clean_page_is_ebusy_and_sends_no_signal needs [RealFiles];
 
-        /// MADV_HWPOISON of a page that was written sends SIGBUS, BUS_MCEERR_AR with its address, to the caller: data is
-        /// lost, and the caller would have consumed it.
+        /// MADV_HWPOISON of a page that was written sends SIGBUS, BUS_MCEERR_AR with its address, to the caller: data
+        /// is lost, and the caller would have consumed it. A failure means that lost data is not reported to the one
+        /// who had it mapped.
         poisoning_a_dirty_page_is_sigbus_for_the_caller needs [RealFiles];
 
-        /// The page is marked HWPOISON until the poison is taken back.
+        /// The page is marked HWPOISON until the poison is taken back. A failure means that the frame can be used
+        /// again.
         poisoned_page_has_its_flag needs [PageFlags];
 
         /// The next access of the host is SIGBUS, BUS_MCEERR_AR. A failure means that corrupted data is consumed.
         access_to_a_poisoned_page_is_sigbus_mceerr_ar;
 
-        /// So it is through a mapping that is made afterwards.
+        /// So it is through a mapping that is made afterwards. A failure means that poisoned memory is read, which
+        /// stops a real machine.
         access_through_a_new_mapping_is_sigbus_mceerr_ar;
 
-        /// System calls that read the page fail with EFAULT.
+        /// System calls that read the page fail with EFAULT. A failure means that the kernel itself reads poisoned
+        /// memory.
         kernel_access_to_a_poisoned_page_is_efault;
 
-        /// MADV_POPULATE_READ says EHWPOISON.
+        /// MADV_POPULATE_READ says EHWPOISON. A failure means that a VMM that prepares memory is not told that it is
+        /// broken.
         populating_a_poisoned_page_is_ehwpoison;
 
-        /// The page stays in the file, and so do its neighbours with their contents.
+        /// The page stays in the file, and so do its neighbours with their contents. A failure means that one broken
+        /// page takes others with it, or is silently replaced by zeroes.
         poisoned_page_stays_in_the_file_beside_its_neighbours needs [Cachestat];
 
-        /// A punch takes the poison out of the file: a new mapping finds a page of zeroes on another frame.
+        /// A punch takes the poison out of the file: a new mapping finds a page of zeroes on another frame. A failure
+        /// means that a guest cannot be given sound memory in the place of broken.
         punch_replaces_a_poisoned_page;
 
         /// Page table entries of the poisoned page outlive the punch in mappings that are not zapped: they go with
-        /// MADV_DONTNEED, and the new page is found there too.
+        /// MADV_DONTNEED, and the new page is found there too. A failure means that a VMM has to map its memory anew
+        /// after a memory error.
         old_mapping_finds_the_new_page_after_dontneed;
 
-        /// MADV_SOFT_OFFLINE cannot move a guest_memfd page: it is EBUSY, and the page stays where it is.
+        /// MADV_SOFT_OFFLINE cannot move a guest_memfd page: it is EBUSY, and the page stays where it is. A failure
+        /// means that a page is moved that the guest's page tables, or the TDX module, hold.
         soft_offline_leaves_the_page_where_it_is;
 
         /// A guest that touches the page leaves with KVM_EXIT_MEMORY_FAULT and EHWPOISON, and goes on with zeroes once

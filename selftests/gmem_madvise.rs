@@ -12,42 +12,52 @@ gmemtest::suite! {
     /// A mapping of a guest_memfd is a shared file mapping without page_mkwrite, never a candidate for huge pages. Of
     /// all advice only MADV_REMOVE touches the file: it is a punch.
     pub static SUITE: gmem_madvise needs [Vm, GuestMemfd, GmemMmap] {
-        /// The result of each advice for a page of shared memory (guest_memfd notes 2.12; madvise_vma_behavior()).
+        /// The result of each advice for a page of shared memory (guest_memfd notes 2.12; madvise_vma_behavior()). A
+        /// failure means that an advice began, or ceased, to act on guest memory.
         advice_on_shared_memory_gives_its_result[ADVICE] needs [GmemInitShared];
 
-        /// The result of each advice for a page that is private to the guest: populating it is EFAULT.
+        /// The result of each advice for a page that is private to the guest: populating it is EFAULT. A failure means
+        /// that an advice reaches memory that the host may not touch.
         advice_on_private_memory_gives_its_result[ADVICE];
 
-        /// The result of each advice for a page beyond the end of the file: as for private memory.
+        /// The result of each advice for a page beyond the end of the file: as for private memory. A failure means that
+        /// an advice makes pages where the file has none.
         advice_beyond_the_end_gives_its_result[ADVICE] needs [GmemInitShared];
 
         /// No advice but MADV_REMOVE loses a byte or frees a page. A failure means that memory of a running guest can
         /// be dropped by a call that is documented to be a hint, or to touch the caller's page tables only.
         advice_keeps_the_contents[ADVICE] needs [GmemInitShared, Cachestat];
 
-        /// MADV_REMOVE is a punch: the pages are freed, the next access reads zero, the neighbours stay.
+        /// MADV_REMOVE is a punch: the pages are freed, the next access reads zero, the neighbours stay. A failure
+        /// means that a VMM that frees through a mapping keeps the memory, or loses more.
         remove_punches_its_range needs [GmemInitShared, Cachestat];
 
-        /// MADV_REMOVE through a mapping of private memory frees pages that the host could not touch.
+        /// MADV_REMOVE through a mapping of private memory frees pages that the host could not touch. A failure means
+        /// that private memory can be freed through the descriptor only.
         remove_punches_private_memory needs [Cachestat];
 
         /// MADV_REMOVE asks whether the file was opened for writing (VM_MAYWRITE), not whether the mapping is writable.
+        /// A failure means that the check has moved, which changes who may free guest memory.
         remove_works_through_a_read_only_mapping needs [GmemInitShared, Cachestat];
 
-        /// MADV_REMOVE of a locked mapping is EINVAL, and frees nothing.
+        /// MADV_REMOVE of a locked mapping is EINVAL, and frees nothing. A failure means that mlock does not protect
+        /// against one's own mistakes.
         remove_of_a_locked_mapping_is_einval needs [GmemInitShared, Cachestat];
 
-        /// MADV_DONTNEED of a locked mapping is EINVAL; MADV_DONTNEED_LOCKED drops the page table entries, not the data.
+        /// MADV_DONTNEED of a locked mapping is EINVAL; MADV_DONTNEED_LOCKED drops the page table entries, not the
+        /// data. A failure means that a lock is ignored, or that advice on page tables loses data.
         dontneed_respects_the_lock needs [GmemInitShared];
 
         /// MADV_POPULATE_READ and MADV_POPULATE_WRITE allocate every page of the range. A failure means that they
         /// report success without having done it.
         populate_allocates_its_range[POPULATE] needs [GmemInitShared, Cachestat];
 
-        /// MADV_POPULATE_WRITE through a read-only mapping is EINVAL.
+        /// MADV_POPULATE_WRITE through a read-only mapping is EINVAL. A failure means that pages become writable that
+        /// were mapped for reading.
         populating_for_writing_through_a_read_only_mapping_is_einval needs [GmemInitShared];
 
-        /// A populate that reaches beyond the end is EFAULT, with the pages before the end allocated.
+        /// A populate that reaches beyond the end is EFAULT, with the pages before the end allocated. A failure means
+        /// that the part before the end is lost, or that pages come beyond it.
         populate_across_the_end_is_efault_after_the_file needs [GmemInitShared, Cachestat];
 
         /// MADV_HUGEPAGE is accepted, MADV_COLLAPSE of a whole, aligned 2 MiB range is EINVAL, and the pages stay
@@ -55,7 +65,8 @@ gmemtest::suite! {
         /// KVM's back.
         collapse_of_a_full_range_is_refused needs [GmemInitShared, TransparentHugePages];
 
-        /// An advice that no kernel knows, and an address inside a page, are EINVAL.
+        /// An advice that no kernel knows, and an address inside a page, are EINVAL. A failure means that future advice
+        /// cannot be told from garbage.
         bad_arguments_are_einval needs [GmemInitShared];
     }
 }

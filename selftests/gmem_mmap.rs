@@ -21,70 +21,88 @@ gmemtest::suite! {
         /// the VFS. A failure means that guest memory can be mapped against the wish of who made it.
         file_without_mmap_flag_cannot_be_mapped[UNMAPPABLE];
 
-        /// INIT_SHARED alone does not make a file mappable.
+        /// INIT_SHARED alone does not make a file mappable. A failure means that a file is mapped whose creator did not
+        /// ask for it.
         initially_shared_file_without_mmap_flag_cannot_be_mapped needs [GmemInitShared];
 
         /// mprotect(2) may take rights away and give back read and write, but never PROT_EXEC: EACCES, since the file
-        /// system is noexec and the mapping lacks VM_MAYEXEC.
+        /// system is noexec and the mapping lacks VM_MAYEXEC. A failure means that guest memory can be made executable
+        /// in the host, or that rights cannot be dropped for a while.
         mprotect_gives_its_result[MPROTECT] needs [GmemMmap];
 
-        /// A store to a mapping that was made, or turned, read-only is SIGSEGV, SEGV_ACCERR, and a load still works.
+        /// A store to a mapping that was made, or turned, read-only is SIGSEGV, SEGV_ACCERR, and a load still works. A
+        /// failure means that guest memory changes through a mapping that promised not to.
         store_to_a_read_only_mapping_is_sigsegv[READ_ONLY] needs [GmemInitShared];
 
-        /// A mapping without rights is SIGSEGV for loads too, and shows the data again when they are given back.
+        /// A mapping without rights is SIGSEGV for loads too, and shows the data again when they are given back. A
+        /// failure means that a guard on a mapping loses data, or guards nothing.
         mapping_without_rights_keeps_the_data needs [GmemInitShared];
 
         /// Any access to a file that is private to the guest is SIGBUS, BUS_ADRERR, and allocates nothing
         /// (guest_memfd_test). A failure means that the host reaches private memory.
         access_to_private_memory_is_sigbus[ACCESSES] needs [GmemMmap];
 
-        /// Private memory stays out of reach when its pages are there.
+        /// Private memory stays out of reach when its pages are there. A failure means that the host reads private
+        /// memory once it is allocated.
         access_to_allocated_private_memory_is_sigbus[ACCESSES] needs [GmemMmap];
 
-        /// Refused accesses leave no page behind.
+        /// Refused accesses leave no page behind. A failure means that a stray host access costs memory that is charged
+        /// to the guest.
         refused_access_allocates_nothing needs [GmemMmap, Cachestat];
 
         /// A mapping may be longer than the file; its pages beyond the end are SIGBUS, BUS_ADRERR, at exactly the first
-        /// byte beyond, with everything before done (guest_memfd_test).
+        /// byte beyond, with everything before done (guest_memfd_test). A failure means that the file grows by a stray
+        /// access, or that a page before the end cannot be used.
         access_beyond_the_end_is_sigbus[ACCESSES] needs [GmemInitShared];
 
-        /// A mapping that starts beyond the end is made, and SIGBUS at its first byte.
+        /// A mapping that starts beyond the end is made, and SIGBUS at its first byte. A failure means that the size is
+        /// checked in another place, or not at all.
         mapping_that_starts_beyond_the_end_is_sigbus[BEYOND] needs [GmemInitShared];
 
-        /// System calls that read from where the host would get SIGBUS fail with EFAULT, and read the data elsewhere.
+        /// System calls that read from where the host would get SIGBUS fail with EFAULT, and read the data elsewhere. A
+        /// failure means that a system call dies, or hands out data, where the process would get a signal.
         kernel_access_is_efault_where_the_host_would_fault needs [GmemInitShared];
 
-        /// The same for private memory.
+        /// The same for private memory. A failure means that the host reads private memory by way of the kernel.
         kernel_access_to_private_memory_is_efault needs [GmemMmap];
 
-        /// What the host writes it reads back, through the same mapping (guest_memfd_test).
+        /// What the host writes it reads back, through the same mapping (guest_memfd_test). A failure means that guest
+        /// memory does not hold data.
         host_reads_back_what_it_wrote needs [GmemInitShared];
 
-        /// A page reads zero at its first touch, whether a load or a store comes first.
+        /// A page reads zero at its first touch, whether a load or a store comes first. A failure leaks data of the
+        /// frame's former owner.
         first_touch_finds_zeroes needs [GmemInitShared];
 
-        /// Two mappings of one page show each other's stores at once.
+        /// Two mappings of one page show each other's stores at once. A failure means that two processes have different
+        /// guest memory.
         two_mappings_show_one_page needs [GmemInitShared];
 
-        /// Two mappings see a punch, both of them.
+        /// Two mappings see a punch, both of them. A failure means that a mapping keeps a page that was freed.
         two_mappings_see_a_punch needs [GmemInitShared];
 
-        /// A mapping at an offset shows the pages from that offset on.
+        /// A mapping at an offset shows the pages from that offset on. A failure means that offsets are computed
+        /// wrongly, so that a VMM shows the guest other memory than its own.
         mapping_at_an_offset_shows_the_pages_there[OFFSETS] needs [GmemInitShared];
 
-        /// Contents outlive a mapping: unmapped, and mapped again, they are there.
+        /// Contents outlive a mapping: unmapped, and mapped again, they are there. A failure means that the file is not
+        /// what holds the data.
         contents_outlive_the_mapping needs [GmemInitShared];
 
-        /// Unmapping a part leaves the rest; the part is SIGSEGV, SEGV_MAPERR, and its data is kept in the file.
+        /// Unmapping a part leaves the rest; the part is SIGSEGV, SEGV_MAPERR, and its data is kept in the file. A
+        /// failure means that unmapping a part takes the rest, or frees the file's pages.
         unmapped_part_is_sigsegv_and_the_rest_stays needs [GmemInitShared];
 
-        /// A punch leaves the mapping in place: the next access finds a new page of zeroes at the same address.
+        /// A punch leaves the mapping in place: the next access finds a new page of zeroes at the same address. A
+        /// failure means that a VMM has to map anew after each page that it frees.
         mapping_survives_a_punch needs [GmemInitShared];
 
-        /// Accesses that cross a page boundary touch both pages.
+        /// Accesses that cross a page boundary touch both pages. A failure means that neighbouring pages of the file
+        /// are not neighbours in the mapping.
         access_across_a_page_boundary_touches_both_pages needs [GmemInitShared];
 
-        /// The mapping keeps the file: with every descriptor closed, and the VM too, host accesses go on.
+        /// The mapping keeps the file: with every descriptor closed, and the VM too, host accesses go on. A failure
+        /// means that a live mapping shows freed pages.
         mapping_outlives_the_descriptor_and_the_vm needs [GmemInitShared];
     }
 }
@@ -198,11 +216,9 @@ fn arguments_give_the_result_of_their_first_failed_check(cx: &Context, row: &Arg
 
 fn file_without_mmap_flag_cannot_be_mapped(cx: &Context, row: &Arguments) -> TestResult {
     let (_vm, gmem) = file(cx, 0)?;
-    // Anonymous inodes, of which guest_memfd was one then, are on a file system that forbids execution since 6.16.
-    let expected = match row.4 {
-        Err(Errno::EPERM) => Err(cx.by_release(&[((6, 8), Errno::ENODEV), ((6, 16), Errno::EPERM)])?),
-        result => result,
-    };
+    // The file system of anonymous inodes, guest_memfd's then among them, forbids execution since 6.16.
+    let executable = cx.by_release(&[((6, 8), Errno::ENODEV), ((6, 16), Errno::EPERM)])?;
+    let expected = if row.4 == Err(Errno::EPERM) { Err(executable) } else { row.4 };
     claim_eq!(map_result(&*gmem, row), expected, "mmap({:#x}, {:#x}, {:#x}, {:#x})", row.0, row.1, row.2, row.3);
     Ok(())
 }

@@ -14,33 +14,40 @@ gmemtest::suite! {
     /// the inode (kvm_gmem_set_policy()). It decides where pages come from, and moves none that is there.
     pub static SUITE: gmem_numa needs [Vm, GuestMemfd, GmemMmap, NumaNodes, RealFiles] {
         /// What mbind(2) sets on a range, get_mempolicy(MPOL_F_ADDR) reads back there, and nowhere else
-        /// (guest_memfd_test).
+        /// (guest_memfd_test). A failure means that a policy is lost, or spreads to memory that nobody named.
         policy_is_read_back_on_its_range;
 
-        /// MPOL_DEFAULT takes a policy away (guest_memfd_test).
+        /// MPOL_DEFAULT takes a policy away (guest_memfd_test). A failure means that a policy once set cannot be got
+        /// rid of.
         default_policy_takes_another_away;
 
-        /// A mode that no kernel knows is EINVAL (guest_memfd_test).
+        /// A mode that no kernel knows is EINVAL (guest_memfd_test). A failure means that future modes cannot be told
+        /// from garbage.
         unknown_mode_is_einval;
 
-        /// The policy is the file's: a second mapping shows it, and one that is made when none is left does too.
+        /// The policy is the file's: a second mapping shows it, and one that is made when none is left does too. A
+        /// failure means that a guest's placement changes with the mappings of its VMM.
         policy_belongs_to_the_file;
 
-        /// Without a policy of the file get_mempolicy says MPOL_DEFAULT, whatever the policy of the task is.
+        /// Without a policy of the file get_mempolicy says MPOL_DEFAULT, whatever the policy of the task is. A failure
+        /// means that the policy of whoever asks is taken for that of the file.
         policy_of_the_task_is_not_shown;
 
-        /// Pages come from the node that the policy names, however they come (guest_memfd_test).
+        /// Pages come from the node that the policy names, however they come (guest_memfd_test). A failure means that a
+        /// guest's memory is on the wrong node.
         pages_come_from_the_node_of_the_policy[WAYS] needs [GmemInitShared];
 
         /// A page that is there stays where it is when the policy changes; after a punch the next one comes from the
-        /// new node (guest_memfd_test).
+        /// new node (guest_memfd_test). A failure means that a page moves that cannot be moved, or that a new policy is
+        /// without effect.
         policy_moves_no_page_but_the_next_one needs [GmemInitShared];
 
         /// mbind with MPOL_MF_MOVE and MPOL_MF_STRICT is EIO where a page is on another node: guest_memfd pages do not
         /// migrate. A failure means that a page moved that KVM may have mapped.
         strict_move_of_a_page_on_another_node_is_eio needs [GmemInitShared];
 
-        /// move_pages(2) cannot move a page either.
+        /// move_pages(2) cannot move a page either. A failure means that a page moves away under the guest's page
+        /// tables.
         move_pages_leaves_the_page_where_it_is needs [GmemInitShared];
     }
 }

@@ -19,54 +19,65 @@ gmemtest::suite! {
     /// of the file whatever holds it.
     pub static SUITE: gmem_pages needs [Vm, GuestMemfd, GmemInitShared, Pagemap] {
         /// A page that nobody touched through this mapping has no page table entry in it, although it is in the file:
-        /// no fault-around, no pre-population.
+        /// no fault-around, no pre-population. A failure means that the host maps more of the guest's memory than it
+        /// asked for.
         untouched_page_has_no_frame_in_the_page_table;
 
-        /// Each of the flags of a page that was read once: up to date, mapped, not dirty.
+        /// Each of the flags of a page that was read once: up to date, mapped, not dirty. A failure means that later
+        /// claims about flags start from another state.
         page_read_by_the_host_is_up_to_date_and_clean needs [PageFlags];
 
-        /// A page written through a fault is dirty at once (fault_dirty_shared_page()).
+        /// A page written through a fault is dirty at once (fault_dirty_shared_page()). A failure means that a memory
+        /// error on written data is taken for harmless.
         page_written_by_a_fault_is_dirty needs [PageFlags];
 
-        /// A store to a page that was mapped by a read makes the page dirty only when its page table entry goes.
+        /// A store to a page that was mapped by a read makes the page dirty only when its page table entry goes. A
+        /// failure means that the dirty bit of the hardware is lost with the entry.
         page_stored_to_without_a_fault_is_dirty_once_zapped needs [PageFlags];
 
         /// Once the per-CPU batches are drained a page is on the LRU list, and unevictable: reclaim passes it over.
         /// A failure means that guest memory may be swapped or reclaimed.
         drained_page_is_on_the_unevictable_list needs [PageFlags, DropCaches];
 
-        /// No page is ever part of a huge page, swap-backed or anonymous: order 0, file.
+        /// No page is ever part of a huge page, swap-backed or anonymous: order 0, file. A failure means that code that
+        /// counts on pages of 4 KiB counts wrongly.
         page_is_neither_huge_nor_anonymous needs [PageFlags];
 
-        /// The map count is the number of host page table entries: one for each mapping that touched the page.
+        /// The map count is the number of host page table entries: one for each mapping that touched the page. A
+        /// failure means that a conversion that looks at the count lets a mapped page go, or refuses a free one.
         map_count_counts_the_mappings_that_touched_the_page needs [PageMapCount];
 
-        /// fork copies no page table entries of shared file mappings: the child's first access adds its own.
+        /// fork copies no page table entries of shared file mappings: the child's first access adds its own. A failure
+        /// means that a fork makes mappings that nobody knows of.
         child_maps_the_page_by_its_own_access needs [PageMapCount, RealFiles];
 
-        /// A page that the guest reads and writes has no page table entry of the host and no map count: the guest's entries
-        /// are KVM's own. The host finds what the guest wrote, and then counts one.
+        /// A page that the guest reads and writes has no page table entry of the host and no map count: the guest's
+        /// entries are KVM's own. The host finds what the guest wrote, and then counts one. A failure means that guest
+        /// mappings are counted as the host's, or that guest and host have two pages.
         guest_mapping_is_not_in_the_map_count needs [PageMapCount, Guest];
 
         /// A page that the guest wrote is dirty, and on no other list than one that the host wrote
         /// (kvm_release_faultin_page()). A failure means that its contents could be taken for dispensable.
         page_written_by_the_guest_is_dirty_and_unevictable needs [PageFlags, DropCaches, Guest];
 
-        /// Two mappings, and a mapping made again, show the same frame: the page stays where it is.
+        /// Two mappings, and a mapping made again, show the same frame: the page stays where it is. A failure means
+        /// that the page was moved or copied.
         frame_is_the_same_through_every_mapping;
 
         /// Contents and frame stay when page table entries are dropped: MADV_DONTNEED, MADV_COLD, MADV_PAGEOUT.
         /// A failure means that guest_memfd pages migrate or are reclaimed.
         advice_does_not_move_the_page[KEEPING];
 
-        /// Reclaim and compaction leave the page where it is, with its contents.
+        /// Reclaim and compaction leave the page where it is, with its contents. A failure means that a page moves, or
+        /// goes, under the guest's page tables.
         draining_and_dropping_caches_does_not_move_the_page needs [DropCaches];
 
         /// The frames of punched pages lose every mark of a page in use: they go back to the system. A failure means
         /// that punching leaks memory.
         punched_frames_go_back_to_the_system[FREED] needs [PageFlags, DropCaches];
 
-        /// A punch unmaps: the page table entries of every mapping are gone before it returns.
+        /// A punch unmaps: the page table entries of every mapping are gone before it returns. A failure means that the
+        /// host reaches a page that was given away.
         punch_empties_the_page_tables_of_every_mapping;
 
         /// A page that is held is out of the file after a punch all the same: the holder keeps a detached page, the
@@ -74,19 +85,23 @@ gmemtest::suite! {
         /// back into the file that somebody else can still write.
         punch_detaches_a_held_page[HOLDS] needs [Cachestat];
 
-        /// The detached page keeps its frame from being used again until the holder lets go.
+        /// The detached page keeps its frame from being used again until the holder lets go. A failure means that a
+        /// device writes to memory that has a new owner.
         detached_page_is_kept_by_its_holder[HOLDS] needs [PageFlags, DropCaches];
 
-        /// Holding a page adds no page table entry, and frees nothing when it ends.
+        /// Holding a page adds no page table entry, and frees nothing when it ends. A failure means that a hold is
+        /// mistaken for a mapping, or leaks.
         hold_changes_neither_map_count_nor_file[HOLDS] needs [Cachestat, PageMapCount];
 
-        /// Private memory cannot be held: there is no page table entry to take it from, and the fault fails.
+        /// Private memory cannot be held: there is no page table entry to take it from, and the fault fails. A failure
+        /// lets a device reach private memory.
         private_memory_cannot_be_held[HOLDS] needs [GmemMmap];
 
-        /// Memory beyond the end cannot be held.
+        /// Memory beyond the end cannot be held. A failure means that a hold makes pages where the file has none.
         memory_beyond_the_end_cannot_be_held[HOLDS];
 
-        /// A held page outlives file, VM and mapping, and frees without harm.
+        /// A held page outlives file, VM and mapping, and frees without harm. A failure is a page that is used after it
+        /// was freed, or never freed.
         hold_outlives_everything[HOLDS];
     }
 }

@@ -14,54 +14,67 @@ gmemtest::suite! {
     /// A mapping of a guest_memfd behaves as one of a shared file that has no swap, no page cache readahead, no
     /// copy-on-write and no userfaultfd operations.
     pub static SUITE: gmem_vma needs [Vm, GuestMemfd, GmemMmap] {
-        /// mlock(2) of shared memory faults every page in and succeeds.
+        /// mlock(2) of shared memory faults every page in and succeeds. A failure means that locked memory is still
+        /// faulted in one by one.
         mlock_allocates_the_pages needs [GmemInitShared, Cachestat];
 
-        /// mlock of private memory is ENOMEM (the EFAULT of the fault, translated), and allocates nothing.
+        /// mlock of private memory is ENOMEM (the EFAULT of the fault, translated), and allocates nothing. A failure
+        /// means that the host's fault path reaches private memory.
         mlock_of_private_memory_is_enomem needs [Cachestat];
 
-        /// mlock across the end of the file is ENOMEM, with the pages before the end faulted in.
+        /// mlock across the end of the file is ENOMEM, with the pages before the end faulted in. A failure means that
+        /// pages come beyond the end, or that those before it are not there.
         mlock_across_the_end_is_enomem needs [GmemInitShared, Cachestat];
 
-        /// The mapping is locked although mlock failed: MADV_DONTNEED is refused until munlock(2).
+        /// The mapping is locked although mlock failed: MADV_DONTNEED is refused until munlock(2). A failure means that
+        /// the state of a mapping after a failed mlock differs from that of other files.
         failed_mlock_leaves_the_mapping_locked;
 
-        /// MAP_LOCKED and MAP_POPULATE ignore that private memory cannot be faulted in: the mapping is made.
+        /// MAP_LOCKED and MAP_POPULATE ignore that private memory cannot be faulted in: the mapping is made. A failure
+        /// means that a VMM that maps with these flags cannot map private memory any more.
         mapping_flags_that_populate_ignore_private_memory[POPULATING] needs [Cachestat];
 
-        /// MAP_LOCKED and MAP_POPULATE fault shared memory in.
+        /// MAP_LOCKED and MAP_POPULATE fault shared memory in. A failure means that memory that was to be ready is not.
         mapping_flags_that_populate_allocate_shared_memory[POPULATING] needs [GmemInitShared, Cachestat];
 
-        /// A punch goes through locked mappings: mlock is no promise against the owner of the file.
+        /// A punch goes through locked mappings: mlock is no promise against the owner of the file. A failure means
+        /// that whoever maps the file can keep its owner from freeing memory.
         punch_frees_locked_pages needs [GmemInitShared, Cachestat];
 
         /// mincore(2) reports a page once it was touched, not when it was allocated: it asks for PG_uptodate. A failure
         /// means that fallocate zeroes pages, or that mincore counts garbage.
         mincore_reports_touched_pages_only needs [GmemInitShared];
 
-        /// mincore answers for mappings that may not be touched, without a fault: private memory is not resident.
+        /// mincore answers for mappings that may not be touched, without a fault: private memory is not resident. A
+        /// failure tells the host which private pages the guest has used.
         mincore_of_private_memory_is_not_resident;
 
-        /// mincore answers for pages beyond the end: not resident.
+        /// mincore answers for pages beyond the end: not resident. A failure means that the end of the file is not
+        /// looked at.
         mincore_beyond_the_end_is_not_resident needs [GmemInitShared];
 
-        /// Residence is a matter of the file, not of the mapping: a second mapping that was never touched reports it.
+        /// Residence is a matter of the file, not of the mapping: a second mapping that was never touched reports it. A
+        /// failure means that residence is looked up in the page table instead of the file.
         mincore_sees_pages_touched_through_another_mapping needs [GmemInitShared];
 
         /// A forked child shares the mapping: each sees the stores of the other, also to pages that came after the
         /// fork. A failure means that guest memory was copied on write.
         child_and_parent_see_each_others_stores needs [GmemInitShared, RealFiles];
 
-        /// A page first touched by the child is in the file for the parent.
+        /// A page first touched by the child is in the file for the parent. A failure means that parent and child have
+        /// different guest memory.
         page_touched_by_a_child_is_in_the_file needs [GmemInitShared, RealFiles, Cachestat];
 
-        /// Private memory is as far from a child as from its parent.
+        /// Private memory is as far from a child as from its parent. A failure means that a fork makes private memory
+        /// readable.
         private_memory_is_sigbus_in_a_child needs [RealFiles];
 
-        /// A mapping marked MADV_DONTFORK is not there in the child: SIGSEGV.
+        /// A mapping marked MADV_DONTFORK is not there in the child: SIGSEGV. A failure means that a child keeps guest
+        /// memory that it was not to have.
         mapping_marked_dontfork_is_not_inherited needs [GmemInitShared, RealFiles];
 
-        /// What a child unmaps or protects is its own affair.
+        /// What a child unmaps or protects is its own affair. A failure means that a helper process takes memory from
+        /// its VMM.
         child_unmaps_for_itself_only needs [GmemInitShared, RealFiles];
 
         /// userfaultfd refuses to watch for missing pages, minor faults and writes: EINVAL, since the mapping has no
@@ -70,7 +83,8 @@ gmemtest::suite! {
         userfaultfd_refuses_mode[UFFD_MODES] needs [GmemInitShared, Userfaultfd, RealFiles];
 
         /// Asynchronous write protection is for any memory (6.7, vma_can_userfault()): it is accepted and stops no
-        /// access.
+        /// access. A failure means that registration is refused where it was accepted, or stops accesses that nobody
+        /// will let go on.
         userfaultfd_accepts_asynchronous_write_protection needs [GmemInitShared, Userfaultfd, RealFiles];
     }
 }

@@ -177,7 +177,7 @@ fn access_after_the_file_is_closed_is_a_memory_fault(cx: &Context, &(at, access)
     let vm = GmemVm::new(cx, 2)?;
     let mut vcpu = vm.vcpu(0)?;
     claim_matches!(vcpu.execute(GuestOp::Touch { gpa: vm.gpa(0), len: vm.len }), Exit::Done(_));
-    let (gpa, fault) = (vm.gpa(at), memory_fault(vm.side, vm.slot_gpa(at) & !(PAGE_SIZE - 1)));
+    let (gpa, fault) = (vm.gpa(at), memory_fault(vm.side_without_a_file(cx), vm.slot_gpa(at) & !(PAGE_SIZE - 1)));
     drop((vm.gmem, vm.shared));
     claim_eq!(vcpu.execute(access.op(gpa)), fault, "the access after the file is closed");
     claim_eq!(vcpu.resume(Reply::None), fault, "the same access when nothing was mended");
@@ -187,7 +187,8 @@ fn access_after_the_file_is_closed_is_a_memory_fault(cx: &Context, &(at, access)
 fn running_guest_leaves_when_the_file_is_closed(cx: &Context) -> TestResult {
     let vm = GmemVm::new(cx, 1)?;
     let (vcpu, gpa) = (vm.vcpu(0)?, vm.gpa(0));
-    let GmemVm { vm: _open, gmem, shared, side, .. } = vm;
+    let side = vm.side_without_a_file(cx);
+    let GmemVm { vm: _open, gmem, shared, .. } = vm;
     let close = || {
         drop((shared, gmem));
         Ok(())
@@ -217,7 +218,7 @@ fn new_slot_with_a_new_file_serves_the_guest_again(cx: &Context) -> TestResult {
     vm.gmem = vm.new_file()?;
     vm.shared = fresh.shared;
     let exit = vcpu.execute(GuestOp::read_u64(vm.gpa(0)));
-    claim_eq!(exit, memory_fault(vm.side, vm.slot_gpa(0)), "the orphaned slot");
+    claim_eq!(exit, memory_fault(vm.side_without_a_file(cx), vm.slot_gpa(0)), "the orphaned slot");
     vm.delete_slot()?;
     vm.create_slot()?;
     claim_eq!(vcpu.execute(GuestOp::read_u64(vm.gpa(0))), Exit::Done(0), "the slot with the new file");

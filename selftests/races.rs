@@ -360,7 +360,7 @@ fn guest_leaves_whenever_its_file_is_closed(cx: &Context) -> TestResult {
             }
             Err(_) => fail!("the thread of the vCPU panicked"),
         };
-        let (flags, gpa) = (vm.fault_flags(), vm.slot_gpa(PAGE));
+        let (flags, gpa) = (vm.side_without_a_file(cx).fault_flags(), vm.slot_gpa(PAGE));
         let fault = Exit::MemoryFault { errno: Errno::EFAULT, flags, gpa, size: PAGE_SIZE };
         claim_eq!(exit, fault, "how the guest left in round {round}");
         // The store is still under way; it completes in a slot with a file, so that the vCPU can be used again.

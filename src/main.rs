@@ -14,7 +14,7 @@ macro_rules! selftests {
         )*
 
         /// Every suite, in the order in which they are run.
-        const SUITES: &[&Suite] = &[$(&$name::SUITE,)*];
+        pub(crate) const SUITES: &[&Suite] = &[$(&$name::SUITE,)*];
     };
 }
 

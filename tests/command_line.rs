@@ -27,7 +27,7 @@ fn what_cannot_be_carried_out_is_one_line_and_exit_2() {
         (&["run", "--jobs", "0"], "gmemtest: invalid value '0' for '--jobs <N>': 0 is not in 1..=1024; try --help"),
         (
             &["run", "--machine", "xen:default"],
-            "gmemtest: unknown machine 'xen:default'; known machines: auto, kvm:default, kvm:sw-protected, kvm:tdx, sim:default, sim:sw-protected, sim:tdx",
+            "gmemtest: unknown machine 'xen:default'; known machines: auto, kvm:*, kvm:default, kvm:sw-protected, kvm:tdx, sim:default, sim:sw-protected, sim:tdx",
         ),
         (
             &["run", "no_such_test"],

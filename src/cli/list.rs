@@ -7,11 +7,12 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::failure::Failure;
+use super::list_machines;
 use super::machines::Machines;
 use super::run::{RunArguments, patterns};
 use crate::harness::exit::GOOD;
 use crate::harness::plan::{Claim, Plan};
-use crate::harness::{Sharing, Stop, Suite};
+use crate::harness::{Sharing, Suite};
 
 /// The flags of `list`.
 #[derive(Debug, Args)]
@@ -52,23 +53,6 @@ struct ListedTest<'a> {
     alone: bool,
 }
 
-#[derive(Debug, Serialize)]
-struct MachineList {
-    schema: &'static str,
-    machines: Vec<ListedMachine>,
-}
-
-#[derive(Debug, Serialize)]
-struct ListedMachine {
-    spec: String,
-    auto: bool,
-    available: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<String>,
-}
-
 /// Prints the list.
 pub(super) fn list(
     arguments: &ListArguments,
@@ -77,7 +61,11 @@ pub(super) fn list(
 ) -> Result<ExitCode, Failure> {
     let mut out = io::stdout().lock();
     if arguments.machines {
-        return list_machines(arguments.format, machines, &mut out);
+        match arguments.format {
+            Format::Pretty => list_machines::pretty(machines, &mut out)?,
+            Format::Json => list_machines::json(machines, &mut out)?,
+        }
+        return Ok(ExitCode::from(GOOD));
     }
     let plan = Plan::new(suites, Vec::new(), &patterns(&arguments.patterns), &[])?;
     match arguments.format {
@@ -117,42 +105,6 @@ fn listed(claim: &Claim) -> ListedTest<'_> {
         timeout_s: claim.test.timeout.map(|timeout| timeout.as_secs()),
         alone: claim.test.sharing == Sharing::Alone,
     }
-}
-
-fn list_machines(format: Format, machines: &Machines, out: &mut impl Write) -> Result<ExitCode, Failure> {
-    let auto = (machines.auto)();
-    let list: Vec<ListedMachine> = super::machines::SPECS
-        .iter()
-        .map(|spec| {
-            let opened = spec.parse().map_err(|_| Stop::fail("not a spec")).and_then(|spec| (machines.open)(&spec));
-            let (kind, reason) = match &opened {
-                Ok(_) => (None, None),
-                Err(Stop::Skip { kind, reason }) => (Some(kind.word()), Some(reason.clone())),
-                Err(Stop::Fail(failure)) => (None, Some(failure.message.clone())),
-            };
-            let auto = auto.iter().any(|chosen| chosen.to_string() == *spec);
-            ListedMachine { spec: (*spec).to_owned(), auto, available: opened.is_ok(), kind, reason }
-        })
-        .collect();
-    match format {
-        Format::Pretty => {
-            for machine in &list {
-                let auto = if machine.auto { "auto" } else { "" };
-                let state = match (&machine.kind, &machine.reason) {
-                    (Some(kind), Some(reason)) => format!("{kind}: {reason}"),
-                    (None, Some(reason)) => reason.clone(),
-                    _ => "available".to_owned(),
-                };
-                writeln!(out, "{:<18} {auto:<5} {state}", machine.spec)?;
-            }
-        }
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut *out, &MachineList { schema: "gmemtest-machines/1", machines: list })
-                .map_err(io::Error::from)?;
-            writeln!(out)?;
-        }
-    }
-    Ok(ExitCode::from(GOOD))
 }
 
 fn first_sentence(doc: &str) -> String {

@@ -57,8 +57,18 @@ pub fn open(spec: &MachineSpec) -> Result<Box<dyn Machine>, Stop> {
     }
 }
 
-/// Every VM type that the running kernel offers; `kvm:default` when it offers none, so that the reason is reported.
+/// Every VM type that the running kernel offers, `kvm:default` when it offers none, so that the reason is reported; and
+/// `sim:tdx` where it does not offer TDX.
 pub fn auto() -> Vec<MachineSpec> {
+    let mut machines = offered_by_kvm();
+    if !machines.iter().any(|spec| spec.vm_type == VmType::Tdx) {
+        machines.push(MachineSpec::new(Family::Sim, VmType::Tdx));
+    }
+    machines
+}
+
+/// What `kvm:*` stands for: every VM type that the running kernel offers, `kvm:default` when it offers none.
+fn offered_by_kvm() -> Vec<MachineSpec> {
     let mut offered: Vec<MachineSpec> =
         VmType::ALL.iter().map(|&vm_type| labelled(MachineSpec::new(Family::Kvm, vm_type))).collect();
     offered.retain(|spec| open(spec).is_ok());
@@ -74,6 +84,18 @@ fn labelled(spec: MachineSpec) -> MachineSpec {
     if simulated { spec.with_simulated_module() } else { spec }
 }
 
+/// The word for every VM type that the running kernel offers and nothing simulated.
+pub const EVERY_KVM: &str = "kvm:*";
+
+/// What a run is for, where nobody named a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To see what there is to be seen.
+    Survey,
+    /// To judge the running kernel: what the model does is no evidence for it.
+    Verdict,
+}
+
 /// The spec that `text` is, with the options that its machine knows.
 fn readable(text: &str) -> Result<MachineSpec, SpecError> {
     let spec: MachineSpec = text.parse()?;
@@ -84,6 +106,22 @@ fn readable(text: &str) -> Result<MachineSpec, SpecError> {
 }
 
 impl Machines {
+    /// The machines that `specs` name, or when there is none those that `auto` stands for and that say something for the
+    /// purpose; each once.
+    ///
+    /// # Errors
+    /// One line that names the spec that cannot be read.
+    pub fn named_for(&self, purpose: Purpose, specs: &[String]) -> Result<Vec<MachineSpec>, String> {
+        if !specs.is_empty() {
+            return self.named(specs);
+        }
+        let mut machines = (self.auto)();
+        if purpose == Purpose::Verdict && machines.iter().any(|spec| spec.family == Family::Kvm) {
+            machines.retain(|spec| spec.family == Family::Kvm);
+        }
+        Ok(machines)
+    }
+
     /// The machines that `specs` name, `auto` when there is none; each once.
     ///
     /// # Errors
@@ -92,8 +130,11 @@ impl Machines {
         let mut named: Vec<MachineSpec> = Vec::new();
         let auto = ["auto".to_owned()];
         for text in if specs.is_empty() { &auto } else { specs } {
-            let these =
-                if text == "auto" { (self.auto)() } else { vec![readable(text).map_err(|error| error.to_string())?] };
+            let these = match text.as_str() {
+                "auto" => (self.auto)(),
+                EVERY_KVM => offered_by_kvm(),
+                _ => vec![readable(text).map_err(|error| error.to_string())?],
+            };
             for spec in these {
                 if !named.contains(&spec) {
                     named.push(spec);

@@ -7,6 +7,7 @@ mod compare;
 mod failure;
 mod generate;
 mod list;
+mod list_machines;
 pub mod machines;
 mod matrix;
 mod probe;

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{Args, ValueEnum};
 
 use super::failure::Failure;
-use super::machines::Machines;
+use super::machines::{EVERY_KVM, Machines, Purpose};
 use super::values;
 use crate::harness::event::{Event, Listener, RunInfo};
 use crate::harness::exit::ExitStyle;
@@ -34,7 +34,9 @@ pub(super) struct RunArguments {
     /// Leave out the tests that a pattern means.
     #[arg(long, value_name = "PATTERN")]
     pub(super) exclude: Vec<String>,
-    /// Machine to run on: kvm:default, sim:tdx,policy=bug-vm, ..; auto is every VM type that the running kernel offers.
+    /// Machine to run on: kvm:default, sim:tdx,policy=bug-vm, .. (list --machines has all); kvm:* is every VM type that the
+    /// running kernel offers, auto is that and sim:tdx where it does not offer TDX. The default is auto, and kvm:* for a
+    /// verdict on a kernel: --exit-style bisect, vm, matrix, bisect.
     #[arg(long, value_name = "SPEC")]
     pub(super) machine: Vec<String>,
     /// Format of the results (default: pretty; of a selftest binary whose output is not a terminal: ktap).
@@ -111,7 +113,7 @@ pub(super) fn run(
 ) -> Result<ExitCode, Failure> {
     let plan = Plan::new(
         suites,
-        machines.named(&arguments.machine)?,
+        machines.named_for(arguments.purpose(), &arguments.machine)?,
         &patterns(&arguments.patterns),
         &patterns(&arguments.exclude),
     )?;
@@ -163,6 +165,13 @@ impl RunArguments {
         }
     }
 
+    fn purpose(&self) -> Purpose {
+        match self.style() {
+            ExitStyle::Kselftest => Purpose::Survey,
+            ExitStyle::Bisect => Purpose::Verdict,
+        }
+    }
+
     /// The `run` that a guest is given: these tests on these machines, with its events on standard output. What the host
     /// does with the results is left out.
     ///
@@ -188,7 +197,7 @@ impl RunArguments {
         Ok(GuestRun {
             repeats: self.repeat.is_some_and(|count| count > 1) || self.duration.is_some() || self.until_fail,
             flags: words,
-            machines: self.machine.clone(),
+            machines: if self.machine.is_empty() { vec![EVERY_KVM.to_owned()] } else { self.machine.clone() },
             patterns: self.patterns.clone(),
             exclude: self.exclude.clone(),
         })

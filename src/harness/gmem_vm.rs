@@ -189,9 +189,12 @@ impl GmemVm {
         GmemVm::GPA + offset
     }
 
-    /// The `flags` of KVM_EXIT_MEMORY_FAULT for a guest access by [`GmemVm::gpa`].
-    pub fn fault_flags(&self) -> u64 {
-        self.side.fault_flags()
+    /// The side that an access by [`GmemVm::gpa`] is on once the file is gone: where the file kept the attribute, none is
+    /// left to make the frame private, and the access of a guest that does not say by the address what it means is shared
+    /// (kvm_gmem_get_memory_attributes() of the in-place conversion series).
+    pub fn side_without_a_file(&self, cx: &Context) -> Side {
+        let said_by_address = self.vm.shared_bit() != 0;
+        if cx.has(Facility::InPlaceConversion) && !said_by_address { Side::Shared } else { self.side }
     }
 
     /// Another file of the same size and flags.

@@ -165,8 +165,7 @@ impl FromStr for MachineSpec {
     type Err = SpecError;
 
     fn from_str(text: &str) -> Result<MachineSpec, SpecError> {
-        let known =
-            "known machines: auto, kvm:default, kvm:sw-protected, kvm:tdx, sim:default, sim:sw-protected, sim:tdx";
+        let known = "known machines: auto, kvm:*, kvm:default, kvm:sw-protected, kvm:tdx, sim:default, sim:sw-protected, sim:tdx";
         let unknown = || SpecError(format!("unknown machine '{text}'; {known}"));
         let mut parts = text.split(',');
         let head = parts.next().unwrap_or_default();

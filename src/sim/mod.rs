@@ -6,6 +6,7 @@
 //! [`policy`] the answers to a failed unmap, [`tdx_module`] the TDX module. [`machine`] puts the seam's traits on it.
 //! [`profile`] says which kernel it behaves like, [`mutant`] which defect is switched on.
 
+pub mod combinations;
 pub mod gmem;
 pub mod host;
 pub mod machine;

@@ -1,7 +1,7 @@
 //! What the model has.
 
 use super::super::mmu::capabilities::capability;
-use super::super::profile::{Kernel, PendingAccess, Profile};
+use super::super::profile::{FrameModel, Kernel, PendingAccess, Profile};
 use crate::machine::{Availability, Facility, SkipKind, VmType};
 use crate::uapi::kvm::KVM_CAP_GUEST_MEMFD;
 use crate::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
@@ -42,6 +42,12 @@ pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Avai
                 "pending=exit: the VM dies of a guest's access to a page that it has not accepted",
                 "pending=accept",
             )
+        }
+        // Flags are a struct page's, and get_user_pages() refuses memory that has none, for a hold and for MADV_HWPOISON alike.
+        Facility::PageFlags | Facility::HwPoison | Facility::HoldGet | Facility::HoldPin
+            if profile.frames == FrameModel::PfnMap =>
+        {
+            Availability::absent(SkipKind::Declined, "frames=pfnmap: there is no struct page", "frames=struct-page")
         }
         Facility::RealFiles => not_modelled("the model's handles are not file descriptors"),
         Facility::Userfaultfd => not_modelled("userfaultfd(2) is not modelled"),
