@@ -19,8 +19,10 @@ pub struct KvmMachine {
     spec: MachineSpec,
     release: Release,
     kvm: Result<Arc<Kvm>, Errno>,
-    facilities: OnceLock<Facilities>,
 }
+
+/// What was found out, by VM type: the kernel does not change under a process, nor under the forks that tests run in.
+static FOUND: [OnceLock<Facilities>; VmType::Tdx as usize + 1] = [const { OnceLock::new() }; VmType::Tdx as usize + 1];
 
 impl KvmMachine {
     /// Opens /dev/kvm.
@@ -30,12 +32,7 @@ impl KvmMachine {
     }
 
     fn with(vm_type: VmType, kvm: Result<Arc<Kvm>, Errno>) -> KvmMachine {
-        KvmMachine {
-            spec: MachineSpec::new(Family::Kvm, vm_type),
-            release: running_release(),
-            kvm,
-            facilities: OnceLock::new(),
-        }
+        KvmMachine { spec: MachineSpec::new(Family::Kvm, vm_type), release: running_release(), kvm }
     }
 
     /// /dev/kvm, or why it could not be opened.
@@ -68,7 +65,10 @@ impl Machine for KvmMachine {
     }
 
     fn facility(&self, facility: Facility) -> Availability {
-        self.facilities.get_or_init(|| Facilities::of(self)).availability(facility)
+        match &self.kvm {
+            Ok(_) => FOUND[self.vm_type() as usize].get_or_init(|| Facilities::of(self)).availability(facility),
+            Err(_) => Facilities::of(self).availability(facility),
+        }
     }
 
     fn capability(&self, capability: u32) -> Result<i32, Errno> {
