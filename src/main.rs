@@ -40,6 +40,9 @@ selftests! {
     "../selftests/attributes.rs" attributes,
     "../selftests/memory_fault.rs" memory_fault,
     "../selftests/conversion.rs" conversion,
+    "../selftests/gmem_zap.rs" gmem_zap,
+    "../selftests/huge_mappings.rs" huge_mappings,
+    "../selftests/gmem_memory.rs" gmem_memory,
     "../selftests/races.rs" races,
 }
 
