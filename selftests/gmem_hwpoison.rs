@@ -67,8 +67,8 @@ gmemtest::suite! {
 
         /// A guest that touches the page leaves with KVM_EXIT_MEMORY_FAULT and EHWPOISON, and goes on with zeroes once
         /// the page was punched (__kvm_gmem_get_pfn(), kvm_gmem_error_folio()). A failure means that the guest consumes
-        /// corrupted data, or is stuck with a page that user space replaced.
-        guest_access_to_a_poisoned_page_is_ehwpoison needs [Guest];
+        /// corrupted data, is stuck with a page that user space replaced, or loses the page beside it.
+        guest_access_to_a_poisoned_page_is_ehwpoison[SLOTS] needs [Guest];
     }
 }
 
@@ -272,20 +272,43 @@ fn soft_offline_leaves_the_page_where_it_is(cx: &Context) -> TestResult {
     Ok(())
 }
 
-fn guest_access_to_a_poisoned_page_is_ehwpoison(cx: &Context) -> TestResult {
+/// For each of the slots of a VM: its first page in the file, and its pages. The second page of the file is poisoned.
+const SLOTS: &[(&str, &[(u64, u64)])] = &[
+    ("slot_from_offset_0", &[(0, 4)]),
+    ("slot_from_the_page_on", &[(1, 3)]),
+    ("slot_of_the_page_alone", &[(1, 1)]),
+    ("last_page_of_a_slot_behind_another", &[(2, 2), (0, 2)]),
+    ("first_page_of_a_slot_behind_another", &[(0, 1), (1, 3)]),
+];
+
+fn guest_access_to_a_poisoned_page_is_ehwpoison(cx: &Context, &slots: &&[(u64, u64)]) -> TestResult {
     const GPA: u64 = 1 << 32;
     let vm = cx.machine().create_vm(VmConfig::Payload { vcpus: 1 })?;
     let gmem = vm.create_guest_memfd(4 * P, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?;
     let mapping = gmem.map(4 * P, 0, Protection::SHARED_RW)?;
-    vm.set_memory_region(&MemoryRegion::new(1, GPA, 4 * P).bound_to(&*gmem, 0))?;
     let mut vcpu = vm.create_vcpu(0)?;
-    let read = GuestOp::Read { gpa: Side::Shared.address(&*vm, GPA + P), size: 8 };
-    claim_eq!(vcpu.execute(read), Exit::Done(0), "a guest read before");
+    let (mut next, mut victim, mut others) = (GPA, 0, Vec::new());
+    for (id, &(first, pages)) in (1..).zip(slots) {
+        vm.set_memory_region(&MemoryRegion::new(id, next, pages * P).bound_to(&*gmem, first * P))?;
+        for page in 0..pages {
+            let gpa = Side::Shared.address(&*vm, next + page * P);
+            claim_eq!(vcpu.execute(GuestOp::read_u64(gpa)), Exit::Done(0), "a guest read before");
+            match first + page {
+                1 => victim = gpa,
+                _ => others.push(gpa),
+            }
+        }
+        next += pages * P;
+    }
     mapping.read_u64(P)?;
     let poison = Poison::undo(cx, &gmem, &*mapping, P)?;
     claim_err!(mapping.advise(P, P, libc::MADV_HWPOISON), Errno::EBUSY, "MADV_HWPOISON");
-    let expected = Exit::MemoryFault { errno: Errno::EHWPOISON, flags: 0, gpa: GPA + P, size: P };
-    claim_eq!(vcpu.execute(read), expected, "a guest read of the poisoned page");
+    for gpa in others {
+        claim_eq!(vcpu.execute(GuestOp::read_u64(gpa)), Exit::Done(0), "a guest read of the page at {gpa:#x}");
+    }
+    let shown = victim & !vm.shared_bit();
+    let expected = Exit::MemoryFault { errno: Errno::EHWPOISON, flags: 0, gpa: shown, size: P };
+    claim_eq!(vcpu.execute(GuestOp::read_u64(victim)), expected, "a guest read of the poisoned page");
     drop(poison);
     claim_eq!(vcpu.resume(Reply::None), Exit::Done(0), "the guest let go on after a punch");
     Ok(())

@@ -21,36 +21,36 @@ gmemtest::suite! {
         /// When a punch hole has returned, the host finds zero or what the running guest stored after it, and the guest's
         /// later stores reach the file (kvm_gmem_punch_hole() unmaps the guest before it frees the page). A failure is the
         /// guest writing to a page that was freed: memory corruption of whoever owns it next.
-        host_finds_no_guest_data_from_before_a_punch needs [GmemMmap, GmemInitShared] timeout 60;
+        host_finds_no_guest_data_from_before_a_punch needs [GmemMmap, GmemInitShared] timeout 300;
 
         /// The same the other way round: the guest finds zero or what the host stored after the punch. A failure leaks
         /// freed memory into the guest.
-        guest_finds_no_host_data_from_before_a_punch needs [GmemMmap, GmemInitShared] timeout 60;
+        guest_finds_no_host_data_from_before_a_punch needs [GmemMmap, GmemInitShared] timeout 300;
 
         /// The same between two vCPUs, on memory that the host need not be able to map. A failure is a vCPU with a stale
         /// translation.
-        vcpu_finds_no_data_of_another_from_before_a_punch timeout 60;
+        vcpu_finds_no_data_of_another_from_before_a_punch timeout 300;
 
         /// The same while another thread allocates the file over and over, and at the end the file holds what the last
         /// calls left in it. A failure is a page that is lost or counted twice.
-        punches_and_allocations_may_race needs [Cachestat] timeout 60;
+        punches_and_allocations_may_race needs [Cachestat] timeout 300;
 
         /// Stores of a running guest are never lost while its slot is deleted and made again: the page holds the latest one
         /// that did not go to user space, and goes back in time never. A failure means that a slot's pages change when it
         /// is re-created.
-        no_store_is_lost_while_the_slot_comes_and_goes needs [GmemMmap, GmemInitShared] timeout 60;
+        no_store_is_lost_while_the_slot_comes_and_goes needs [GmemMmap, GmemInitShared] timeout 300;
 
         /// When a conversion to private has returned, the running guest's stores do not reach the shared side any more, and
         /// when one to shared has returned, they do. A failure leaks private data to the host.
-        converted_page_takes_no_more_stores_on_its_old_side needs [MemoryAttributes, PrivateMemory] timeout 60;
+        converted_page_takes_no_more_stores_on_its_old_side needs [MemoryAttributes, PrivateMemory] timeout 300;
 
         /// A guest that stores to a file while it is closed leaves with KVM_EXIT_MEMORY_FAULT, every time. A failure is a
         /// guest that runs on freed pages.
-        guest_leaves_whenever_its_file_is_closed needs [MemoryFaultInfo] timeout 60;
+        guest_leaves_whenever_its_file_is_closed needs [MemoryFaultInfo] timeout 300;
 
         /// A long random sequence of punches, allocations, slot changes, host and guest accesses, beside a guest that stores
         /// without pause, always shows what a plain array of values says. A failure prints the seed that repeats it.
-        random_operations_agree_with_an_array needs [GmemMmap, GmemInitShared] timeout 60;
+        random_operations_agree_with_an_array needs [GmemMmap, GmemInitShared] timeout 300;
     }
 }
 
@@ -60,6 +60,8 @@ const PAGE: u64 = PAGE_SIZE;
 const ROUNDS: u64 = 150;
 /// What page 0 holds before it is punched.
 const MARK: u64 = 0x3A2C;
+/// The time limit of the tests, less what ending one takes.
+const WHOLE_TEST: Duration = Duration::from_secs(290);
 /// How long a waiting thread leaves its CPU to the others.
 const PAUSE: Duration = Duration::from_micros(20);
 
@@ -84,6 +86,8 @@ impl GuestWriter {
 
     fn start_with(mut vcpu: Box<dyn Vcpu>, gpa: u64, at_fault: AtFault) -> GuestWriter {
         let control = vcpu.control();
+        // It runs as long as the test does, which is long on a busy emulator.
+        vcpu.set_time_limit(WHOLE_TEST);
         let thread = thread::spawn(move || {
             let mut exit = vcpu.execute(GuestOp::WriteUntilStopped { gpa });
             loop {

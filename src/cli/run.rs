@@ -135,6 +135,7 @@ pub(super) fn run(
         on_failure: if arguments.until_fail { OnFailure::Stop } else { OnFailure::GoOn },
         strict: arguments.strict_kinds()?,
         known: (machines.known)()?,
+        open: machines.open,
         watch: machines.watch,
         absent: absent(&plan, machines),
         journal,

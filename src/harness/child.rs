@@ -27,13 +27,18 @@ pub fn run_claim(arguments: &[String], suites: &[&'static Suite], open: Opener) 
         eprintln!("gmemtest: {} is for the runner's own use", super::wire::CLAIM_ARGUMENT);
         return ExitCode::from(super::exit::USAGE);
     };
-    let notes = Bounded { wire: &wire, left: Mutex::new(MOST_NOTES) };
-    let (verdict, micros) = match parse(arguments, suites) {
-        Ok((claim, spec, seed)) => judged(&claim, &spec, seed, open, &notes),
-        Err(message) => (Verdict::Error { message }, 0),
-    };
-    wire.send(&Message::Verdict { verdict, micros });
+    match parse(arguments, suites) {
+        Ok((claim, spec, seed)) => deliver(&claim, &spec, seed, open, &wire),
+        Err(message) => wire.send(&Message::Verdict { verdict: Verdict::Error { message }, micros: 0 }),
+    }
     ExitCode::SUCCESS
+}
+
+/// Runs a claim in this process and sends its verdict.
+pub(super) fn deliver(claim: &Claim, spec: &MachineSpec, seed: Seed, open: Opener, wire: &Wire) {
+    let notes = Bounded { wire, left: Mutex::new(MOST_NOTES) };
+    let (verdict, micros) = judged(claim, spec, seed, open, &notes);
+    wire.send(&Message::Verdict { verdict, micros });
 }
 
 /// The pipe to the runner, closed to whatever the test executes.

@@ -3,8 +3,8 @@
 //! A test is a function with a claim for a name ([`Test`]); a [`Suite`] is an explicit table of tests. A test gets a
 //! [`Context`] and returns a [`TestResult`]; how it may end early is a [`Stop`].
 //!
-//! A run is a [`plan::Plan`] that [`runner::run`] carries out. For every claim it starts this program again (`/proc/self/exe`)
-//! in a process group of its own ([`running`]); that process opens the machine, checks what the test needs, runs it, and
+//! A run is a [`plan::Plan`] that [`runner::run`] carries out. For every claim it starts a process in a group of its own
+//! ([`running`]): a fork of itself, or this program again (`/proc/self/exe`); that process opens the machine, checks what the test needs, runs it, and
 //! sends its verdict over a pipe ([`child`], [`wire`]). What came of the process, of its descendants and of the kernel
 //! meanwhile ([`watch`]) is judged ([`judge`]) and becomes a [`Record`]. Reporters hear of it as [`event::Event`]s.
 
@@ -21,12 +21,14 @@ pub mod interrupt;
 pub mod journal;
 pub mod judge;
 pub mod known;
+mod memcg;
 pub mod outcome;
 pub mod plan;
 pub mod runner;
 pub mod running;
 mod seed;
 pub mod select;
+mod start;
 mod stop;
 mod td;
 pub mod test;
@@ -37,6 +39,7 @@ pub mod wire;
 pub use context::{Context, Notes, by_release};
 pub use fork::{ChildEnd, in_child};
 pub use gmem_vm::{GmemVm, Side};
+pub use memcg::MemoryGroup;
 pub use outcome::{Outcome, Record, Summary};
 pub use seed::{Rng, Seed};
 pub use stop::{Failure, Stop, TestResult};

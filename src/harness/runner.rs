@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
+use super::child::Opener;
 use super::event::{Event, Listener, RunInfo};
 use super::exit::Stopped;
 use super::interrupt::Interrupts;
@@ -22,6 +23,7 @@ use super::known::KnownIssues;
 use super::outcome::{Outcome, Record, Skipped, Summary};
 use super::plan::{Claim, Plan};
 use super::running::{End, Running};
+use super::start::{How, Task};
 use super::watch::Watch;
 use super::{Seed, Sharing, descendants, wire};
 use crate::machine::{MachineSpec, SkipKind};
@@ -61,6 +63,8 @@ pub struct Options {
     pub strict: Vec<SkipKind>,
     /// Kernel bugs that may explain a failure.
     pub known: KnownIssues,
+    /// Opens the machines.
+    pub open: Opener,
     /// Starts to watch the kernel, and says what cannot be watched.
     pub watch: fn() -> (Watch, Vec<String>),
     /// Machines of the plan that are not to be had here: their claims are skipped without a process.
@@ -92,6 +96,7 @@ struct Runner<'a> {
     listener: &'a mut dyn Listener,
     watch: Watch,
     interrupts: Interrupts,
+    how: How,
     /// Children that the process had before: not ours to touch.
     ours_before: Vec<i32>,
     began: Instant,
@@ -112,12 +117,14 @@ pub fn run(info: &RunInfo, plan: &Plan, options: &mut Options, listener: &mut dy
     for remark in &remarks {
         listener.hear(&Event::Remark(remark))?;
     }
+    let how = How::best(options.jobs, options.open);
     let mut runner = Runner {
         info,
         options,
         listener,
         watch,
         interrupts,
+        how,
         ours_before: descendants::children(std::process::id() as i32),
         began: Instant::now(),
         next_index: 0,
@@ -236,7 +243,8 @@ impl Runner<'_> {
         self.next_index += 1;
         let mark = format!("{}.{index}", std::process::id());
         let limit = claim.test.timeout.unwrap_or(self.options.timeout);
-        match Running::start(&claim.name, &spec, &seed.to_string(), mark, limit) {
+        let task = Task { claim, machine, seed };
+        match Running::start(&task, self.how, mark, limit) {
             Ok(process) => {
                 self.tell(&Event::ClaimStarted { claim, machine });
                 Some(Active { claim, machine, record, process })

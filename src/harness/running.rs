@@ -2,18 +2,16 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 
 use super::capture::{KEPT, Stream};
 use super::descendants;
 use super::outcome::{Leftover, StuckThread};
-use super::wire::{CLAIM_ARGUMENT, FD_VARIABLE, TEST_VARIABLE};
+use super::start::{Ends, How, Task};
 
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
@@ -71,47 +69,18 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts this program again in a process group of its own, to run the test `name` on `machine` with `seed`. `mark`
-    /// is the value of [`TEST_VARIABLE`].
+    /// Starts the process of `task`, in a process group of its own. `mark` is the value of [`TEST_VARIABLE`].
     ///
     /// # Errors
     /// What pipe(2), fork(2), execve(2) and pidfd_open(2) return.
-    pub fn start(name: &str, machine: &str, seed: &str, mark: String, limit: Duration) -> io::Result<Running> {
+    ///
+    /// [`TEST_VARIABLE`]: super::wire::TEST_VARIABLE
+    pub(super) fn start(task: &Task<'_>, how: How, mark: String, limit: Duration) -> io::Result<Running> {
         let (stdout, stdout_end) = io::pipe()?;
         let (stderr, stderr_end) = io::pipe()?;
         let (messages, messages_end) = io::pipe()?;
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("gmemtest")
-            .args([CLAIM_ARGUMENT, name, machine, seed])
-            .env(FD_VARIABLE, messages_end.as_raw_fd().to_string())
-            .env(TEST_VARIABLE, &mark)
-            .stdin(Stdio::null())
-            .stdout(stdout_end)
-            .stderr(stderr_end)
-            .process_group(0);
-        let (runner, inherited) = (std::process::id() as i32, messages_end.as_raw_fd());
-        // SAFETY: between fork and exec the closure only makes system calls that are async-signal-safe (prctl, fcntl,
-        // sigprocmask, getppid) on values copied into it, and allocates nothing.
-        unsafe {
-            command.pre_exec(move || {
-                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == -1
-                    // Orphans of the test stay below it while it lives, so that none is laid at another test's door.
-                    || libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) == -1
-                    || libc::fcntl(inherited, libc::F_SETFD, 0) == -1
-                {
-                    return Err(io::Error::last_os_error());
-                }
-                SigSet::empty().thread_set_mask()?;
-                // The runner may have died before the signal was asked for.
-                if libc::getppid() != runner {
-                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
-                }
-                Ok(())
-            });
-        }
         let started = Instant::now();
-        let pid = command.spawn()?.id() as i32;
+        let pid = how.start(task, Ends { stdout: stdout_end, stderr: stderr_end, messages: messages_end }, &mark)?;
         // Nothing but this struct waits for the process, so the number means it until `reap`.
         let pidfd = match pidfd_open(pid) {
             Ok(pidfd) => pidfd,

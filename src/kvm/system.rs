@@ -21,12 +21,14 @@ pub struct KvmMachine {
     spec: MachineSpec,
     release: Release,
     kvm: Result<Arc<Kvm>, Errno>,
-    facilities: OnceLock<Facilities>,
     module: Option<ModuleAccess>,
 }
 
 /// Gives access to the TDX module under a machine, where there is a way to it.
 pub type ModuleAccess = fn() -> Option<Arc<dyn TdxModule>>;
+
+/// What was found out, by VM type: the kernel does not change under a process, nor under the forks that tests run in.
+static FOUND: [OnceLock<Facilities>; VmType::Tdx as usize + 1] = [const { OnceLock::new() }; VmType::Tdx as usize + 1];
 
 impl KvmMachine {
     /// Opens /dev/kvm.
@@ -36,13 +38,7 @@ impl KvmMachine {
     }
 
     fn with(vm_type: VmType, kvm: Result<Arc<Kvm>, Errno>) -> KvmMachine {
-        KvmMachine {
-            spec: MachineSpec::new(Family::Kvm, vm_type),
-            release: running_release(),
-            kvm,
-            facilities: OnceLock::new(),
-            module: None,
-        }
+        KvmMachine { spec: MachineSpec::new(Family::Kvm, vm_type), release: running_release(), kvm, module: None }
     }
 
     /// The same machine under the name `spec`, with a way to its TDX module.
@@ -83,7 +79,10 @@ impl Machine for KvmMachine {
         if facility == Facility::ModuleInjection && self.module.is_some() {
             return Availability::present();
         }
-        self.facilities.get_or_init(|| Facilities::of(self)).availability(facility)
+        match &self.kvm {
+            Ok(_) => FOUND[self.vm_type() as usize].get_or_init(|| Facilities::of(self)).availability(facility),
+            Err(_) => Facilities::of(self).availability(facility),
+        }
     }
 
     fn capability(&self, capability: u32) -> Result<i32, Errno> {

@@ -30,9 +30,11 @@ pub const QEMU: &str = "qemu-system-x86_64";
 /// * `loglevel=5` lets warnings through to the console, and keeps the chatter of the boot off the slow serial port.
 /// * `earlyprintk` shows what goes wrong before the console driver is up.
 /// * `8250.nr_uarts=2`: the console and the result port; probing absent ports takes time under TCG.
+/// * `numa=fake=2`: two nodes, for the tests of NUMA policy; a kernel without CONFIG_NUMA_EMU passes over it.
 /// * `no_timer_check`: a host that is busy delays the emulated timer beyond what that check allows (a panic, "IO-APIC +
 ///   timer does not work"); the kernel leaves it out by itself where it finds KVM.
-const KERNEL_LINE: &str = "console=ttyS0 earlyprintk=ttyS0 panic=-1 loglevel=5 8250.nr_uarts=2 no_timer_check";
+const KERNEL_LINE: &str =
+    "console=ttyS0 earlyprintk=ttyS0 panic=-1 loglevel=5 8250.nr_uarts=2 numa=fake=2 no_timer_check";
 
 /// The machine to boot on.
 #[derive(Clone, Debug)]

@@ -1,0 +1,116 @@
+//! What a test costs the system: [`MemoryGroup`], a memory cgroup that the test's process moves into.
+//!
+//! The kernel charges pages of a guest_memfd, and what KVM allocates for a VM, to the cgroup of the process that asked for
+//! them. Nothing else in the system disturbs that count, as it does MemFree.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
+
+use super::{Stop, TestResult};
+use crate::machine::SkipKind;
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// The group's name is this and the process's number.
+const PREFIX: &str = "gmemtest-";
+
+/// A memory cgroup with this process in it, on one CPU: the kernel charges in advance, 64 pages for each CPU. Dropped, the
+/// process is where it was, and the group is gone.
+#[derive(Debug)]
+pub struct MemoryGroup {
+    path: PathBuf,
+    before: PathBuf,
+    cpus: CpuSet,
+    /// Whether the memory controller was handed down from the root for this.
+    handed_down: bool,
+}
+
+impl MemoryGroup {
+    /// Makes a group below the root of cgroup2 and enters it. Groups that killed tests left behind are removed first.
+    ///
+    /// # Errors
+    /// A skip when the kernel lets this process make none (cgroup2 in a container, for example).
+    pub fn enter() -> TestResult<MemoryGroup> {
+        remove_old_groups();
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned();
+        let control = Path::new(ROOT).join("cgroup.subtree_control");
+        let has_memory = |text: &str| text.split_ascii_whitespace().any(|name| name == "memory");
+        let handed_down = !has_memory(&fs::read_to_string(&control)?);
+        let refused = |what: &str, error: std::io::Error| {
+            let kind = match error.kind() {
+                std::io::ErrorKind::PermissionDenied => SkipKind::NoPrivilege,
+                _ => SkipKind::ConfigOff,
+            };
+            Stop::skip(kind, format!("{what}: {error} (the root of cgroup2, writable, on {ROOT})"))
+        };
+        if handed_down {
+            fs::write(&control, "+memory").map_err(|error| refused("+memory to cgroup.subtree_control", error))?;
+        }
+        let path = Path::new(ROOT).join(format!("{PREFIX}{}", std::process::id()));
+        let cpus = sched_getaffinity(Pid::from_raw(0))?;
+        let group = MemoryGroup { path, before: Path::new(ROOT).join(own.trim_start_matches('/')), cpus, handed_down };
+        fs::create_dir(&group.path).map_err(|error| refused("mkdir", error))?;
+        fs::write(group.path.join("cgroup.procs"), "0").map_err(|error| refused("cgroup.procs", error))?;
+        let mut one = CpuSet::new();
+        one.set(sched_getcpu()?)?;
+        sched_setaffinity(Pid::from_raw(0), &one)?;
+        Ok(group)
+    }
+
+    /// Bytes that are charged to the group now (memory.current).
+    ///
+    /// # Errors
+    /// What reading the file returns.
+    pub fn charged(&self) -> TestResult<u64> {
+        let text = fs::read_to_string(self.path.join("memory.current"))?;
+        text.trim().parse().map_err(|error| Stop::fail(format!("memory.current is '{}': {error}", text.trim())))
+    }
+
+    /// One count of memory.stat, `file` for example; 0 where the kernel has none of that name.
+    ///
+    /// # Errors
+    /// What reading the file returns.
+    pub fn statistic(&self, name: &str) -> TestResult<u64> {
+        let text = fs::read_to_string(self.path.join("memory.stat"))?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        Ok(value.unwrap_or(0))
+    }
+
+    /// Sets the limit (memory.max), in bytes, and keeps the kernel from killing this process at it: what cannot be charged
+    /// then fails.
+    ///
+    /// # Errors
+    /// What writing the files returns.
+    pub fn limit(&self, bytes: u64) -> TestResult {
+        fs::write("/proc/self/oom_score_adj", "-1000")?;
+        // Nor is anything paged out; a kernel without swap has no such file.
+        let _ = fs::write(self.path.join("memory.swap.max"), "0");
+        Ok(fs::write(self.path.join("memory.max"), bytes.to_string())?)
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        // Nobody is left to tell: what cannot be undone here, the next test's `remove_old_groups` undoes.
+        let _ = sched_setaffinity(Pid::from_raw(0), &self.cpus);
+        let _ = fs::write(self.before.join("cgroup.procs"), "0");
+        let _ = fs::remove_dir(&self.path);
+        if self.handed_down {
+            let _ = fs::write(Path::new(ROOT).join("cgroup.subtree_control"), "-memory");
+        }
+    }
+}
+
+/// Removes the groups whose process is gone; one that is in use stays by itself (EBUSY).
+fn remove_old_groups() {
+    for entry in fs::read_dir(ROOT).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|pid| pid.parse::<i32>().ok());
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
