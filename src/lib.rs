@@ -6,6 +6,7 @@ extern crate self as gmemtest;
 pub mod cli;
 pub mod guest;
 pub mod harness;
+pub mod inject;
 pub mod kvm;
 pub mod machine;
 pub mod observe;

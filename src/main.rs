@@ -41,6 +41,7 @@ selftests! {
     "../selftests/memory_fault.rs" memory_fault,
     "../selftests/conversion.rs" conversion,
     "../selftests/races.rs" races,
+    "../selftests/unmap_failure.rs" unmap_failure,
 }
 
 fn main() -> ExitCode {

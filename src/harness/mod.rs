@@ -23,6 +23,7 @@ pub mod judge;
 pub mod known;
 pub mod outcome;
 pub mod plan;
+pub mod private_td;
 pub mod runner;
 pub mod running;
 mod seed;
