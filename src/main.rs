@@ -42,6 +42,8 @@ selftests! {
     "../selftests/conversion.rs" conversion,
     "../selftests/races.rs" races,
     "../selftests/unmap_failure.rs" unmap_failure,
+    "../selftests/unmap_failure_reuse.rs" unmap_failure_reuse,
+    "../selftests/unmap_failure_after.rs" unmap_failure_after,
 }
 
 fn main() -> ExitCode {
