@@ -7,9 +7,7 @@ use gmemtest::harness::private_td::{Event, PrivateTd, Size, claim_module_is_soun
 use gmemtest::harness::{Context, TestResult};
 use gmemtest::inject::seamcall::{AUG, METADATA_INCORRECT, REMOVE, TRACKING_NOT_DONE};
 use gmemtest::inject::{Failure, Policy, SeamcallFault};
-use gmemtest::machine::{
-    Errno, Exit, Facility, GuestOp, HostFault, HostMemory, MemoryRegion, PAGE_SIZE, Protection,
-};
+use gmemtest::machine::{Errno, Exit, Facility, GuestOp, HostFault, HostMemory, MemoryRegion, PAGE_SIZE, Protection};
 use gmemtest::{claim, claim_eq, claim_matches, claim_ok, skip};
 
 gmemtest::suite! {
