@@ -4,7 +4,9 @@
 
 use std::process::ExitCode;
 
-use gmemtest::harness::private_td::{Answer, Event, PrivateTd, Size, complaints, expected_policy};
+use gmemtest::harness::private_td::{
+    Answer, Event, PrivateTd, Size, claim_module_is_sound, complaints, expected_policy,
+};
 use gmemtest::harness::{Context, TestResult};
 use gmemtest::inject::seamcall::{BLOCK, DEMOTE, INVALID, REMOVE, TRACKING_NOT_DONE, WALK_FAILED};
 use gmemtest::inject::{Failure, Policy, SeamcallFault};
@@ -53,6 +55,10 @@ gmemtest::suite! {
         /// EAGAIN: the batches are drained before a page is called unsafe.
         page_in_an_lru_batch_is_not_eagain needs [InPlaceConversion];
 
+        /// A conversion that races with a punch, another conversion, the guest's and the host's accesses while a page is
+        /// held now and then returns 0, EAGAIN or ENOMEM, and nothing else; afterwards the TD is well and the module sound.
+        racing_conversions_are_ok_eagain_or_enomem[RACES] needs [InPlaceConversion];
+
         /// Conversion or punch of a part of a 2M page splits the mapping first. A split that fails is reported under every
         /// policy, EIO, with nothing converted or punched and the VM bugged: it comes before anything that cannot be
         /// undone.
@@ -69,6 +75,26 @@ const LEAVES: &[(&str, SeamcallFault)] = &[
 ];
 
 const HOLDS: &[(&str, HoldKind)] = &[("get", HoldKind::Get), ("pin", HoldKind::Pin)];
+
+/// What a conversion races with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rival {
+    /// Punch hole of the same range.
+    Punch,
+    /// Conversion of the same range the other way.
+    Convert,
+    /// Loads of the guest.
+    Guest,
+    /// Loads of the host.
+    Host,
+}
+
+const RACES: &[(&str, Rival)] = &[
+    ("punch", Rival::Punch),
+    ("second_conversion", Rival::Convert),
+    ("guest_access", Rival::Guest),
+    ("host_access", Rival::Host),
+];
 
 /// What needs the split, and which leaf of it fails.
 const SPLITS: &[(&str, (Event, u16))] = &[
@@ -267,6 +293,45 @@ fn page_in_an_lru_batch_is_not_eagain(cx: &Context) -> TestResult {
     let back = td.convert(cx, 0, td.len(), PRIVATE)?;
     claim_eq!(back, Answer { result: Ok(()), offset: None }, "to private");
     Ok(())
+}
+
+fn racing_conversions_are_ok_eagain_or_enomem(cx: &Context, &rival: &Rival) -> TestResult {
+    const ROUNDS: u32 = 200;
+    let mut td = PrivateTd::new(cx, Size::Base, 4)?;
+    let len = td.len();
+    let file = claim_ok!(td.file.clone().ok_or("closed"));
+    claim_eq!(td.convert(cx, 0, len, 0)?.result, Ok(()), "to shared");
+    let mapping = claim_ok!(file.map(len, 0, Protection::SHARED_RW));
+    let hold = claim_ok!(mapping.hold(2 * PAGE_SIZE, PAGE_SIZE, HoldKind::Get));
+    let first = td.convert(cx, 0, len, PRIVATE)?;
+    claim_eq!(first.result, Err(Errno::EAGAIN), "to private with a page held");
+    drop(hold);
+
+    let allowed = [Ok(()), Err(Errno::EAGAIN), Err(Errno::ENOMEM)];
+    let convert = |attributes| file.convert(0, len, attributes).map_err(|error| error.errno);
+    let unexpected = std::thread::scope(|scope| {
+        let rivals = scope.spawn(|| {
+            let mut wrong = Vec::new();
+            for round in 0..ROUNDS {
+                match rival {
+                    Rival::Punch => drop(file.punch_hole(0, len)),
+                    Rival::Convert => wrong.push(convert(if round % 2 == 0 { 0 } else { PRIVATE })),
+                    Rival::Guest => drop(td.execute(GuestOp::read_u64(PrivateTd::GPA))),
+                    Rival::Host => drop(mapping.read_u64(2 * PAGE_SIZE)),
+                }
+                // The page is private as often as not, and cannot be held then.
+                drop(mapping.hold(2 * PAGE_SIZE, PAGE_SIZE, HoldKind::Get));
+            }
+            wrong
+        });
+        let mut results: Vec<_> = (0..ROUNDS).map(|round| convert(if round % 2 == 0 { PRIVATE } else { 0 })).collect();
+        results.extend(rivals.join().unwrap_or_default());
+        results.retain(|result| !allowed.contains(result));
+        results
+    });
+    claim_eq!(unexpected, Vec::new(), "results of conversions besides 0, EAGAIN and ENOMEM");
+    claim_eq!(td.is_dead(), Some(false), "the VM is dead");
+    claim_module_is_sound(&*td.module)
 }
 
 fn failing_split_is_eio_and_changes_nothing(cx: &Context, &(event, leaf): &(Event, u16)) -> TestResult {

@@ -136,10 +136,66 @@ fn chart(comparison: &Comparison, row: &CostRow) -> String {
     out + "</svg></figure>"
 }
 
+/// What is added up for the summary, and the class of its colour. Everything that is counted per MiB.
+const KINDS: [(&str, &str); 5] = [
+    ("reference updates", "k0"),
+    ("reference checks", "k1"),
+    ("counter updates", "k2"),
+    ("counter checks", "k3"),
+    ("safety checks of references", "k4"),
+];
+
+/// Everything that one MiB costs from mapping to conversion there and back, one bar a policy, in parts by kind.
+fn sum_chart(comparison: &Comparison, page: &str) -> String {
+    let sums: Vec<Vec<f64>> = (0..comparison.policies.len())
+        .map(|i| {
+            let of_kind = |name: &str| {
+                let rows = comparison.costs.iter().filter(|row| row.page == page && row.unit == "per MiB");
+                rows.filter(|row| row.name == name).map(|row| row.cells[i].value).sum()
+            };
+            KINDS.iter().map(|(name, _)| of_kind(name)).collect()
+        })
+        .collect();
+    let most = sums.iter().map(|parts| parts.iter().sum::<f64>()).fold(1.0, f64::max);
+    let (full, line) = (640.0, 24.0);
+    let (width, height) = (NAMES + full + 70.0, line * sums.len() as f64);
+    let mut out = format!(
+        "<figure class=\"sum\"><figcaption>Everything, for one MiB mapped, converted to shared and back <small>per MiB</small></figcaption>\
+<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"all work per MiB with {page} pages\">"
+    );
+    for (i, (policy, parts)) in comparison.policies.iter().zip(&sums).enumerate() {
+        let y = line * i as f64;
+        let middle = y + line * 0.66;
+        let _ = write!(out, "<text class=\"who\" x=\"{}\" y=\"{middle:.1}\">{}</text>", NAMES - 8.0, policy.name);
+        let mut x = NAMES;
+        for ((name, class), part) in KINDS.iter().zip(parts).filter(|(_, part)| **part > 0.0) {
+            let bar = part / most * full;
+            let _ = write!(
+                out,
+                "<rect class=\"{class}\" x=\"{x:.1}\" y=\"{:.1}\" width=\"{bar:.1}\" height=\"{:.1}\"><title>{name}: {}</title></rect>",
+                y + 4.0,
+                line - 8.0,
+                number(*part)
+            );
+            x += bar;
+        }
+        let sum = number(parts.iter().sum());
+        let _ = write!(out, "<text x=\"{:.1}\" y=\"{middle:.1}\">{sum}</text>", x + 6.0);
+    }
+    out.push_str("</svg><p class=\"kinds\">");
+    for (name, class) in KINDS {
+        let _ = write!(
+            out,
+            "<span><svg viewBox=\"0 0 10 10\"><rect class=\"{class}\" width=\"10\" height=\"10\" rx=\"2\"/></svg>{name}</span>"
+        );
+    }
+    out + "</p></figure>"
+}
+
 fn costs(comparison: &Comparison) -> String {
     let mut out = String::new();
     for (page, title) in [("4K", "4K pages"), ("2M", "2M folios")] {
-        let _ = write!(out, "<h3>{title}</h3>");
+        let _ = write!(out, "<h3>{title}</h3>{}", sum_chart(comparison, page));
         for (phase, title) in [
             ("map", "Mapping into the S-EPT"),
             ("to shared", "Conversion to shared"),

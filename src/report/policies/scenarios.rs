@@ -100,23 +100,23 @@ const fn huge(name: &'static str, event: Event, range: Range) -> Scenario {
 }
 
 const fn other(name: &'static str, fault: SeamcallFault) -> Scenario {
-    let group = "punch of a 4K page, other SEAMCALLs";
+    let group = "4K punch, other SEAMCALLs";
     let (size, event, range) = (Size::Base, Event::Punch, Range::Whole);
     Scenario { group, name, kernel: "7.3", size, event, range, fault_name: name, fault }
 }
 
 const SCENARIOS: &[Scenario] = &[
     removal("convert to shared, VM ioctl", "7.3", Event::Convert),
-    removal("convert to shared, on the file", "in-place", Event::Convert),
+    removal("convert to shared, file ioctl", "in-place", Event::Convert),
     removal("punch hole", "7.3", Event::Punch),
     removal("close of the file", "7.3", Event::Close),
     removal("deletion of the slot", "7.3", Event::DeleteSlot),
     removal("destruction of the VM", "7.3", Event::Destroy),
     removal("memory failure in the page", "7.3", Event::MemoryFailure),
-    huge("convert to shared, on the file", Event::Convert, Range::Whole),
+    huge("convert to shared, file ioctl", Event::Convert, Range::Whole),
     huge("punch hole", Event::Punch, Range::Whole),
     huge("close of the file", Event::Close, Range::Whole),
-    huge("convert to shared, on the file", Event::Convert, Range::Part),
+    huge("convert to shared, file ioctl", Event::Convert, Range::Part),
     huge("punch hole", Event::Punch, Range::Part),
     other("BLOCK fails", SeamcallFault::new(BLOCK, WALK_FAILED, Failure::Always)),
     other("TRACK fails", SeamcallFault::new(TRACK, EPOCH_BUSY, Failure::Once)),

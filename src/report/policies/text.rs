@@ -1,12 +1,12 @@
-//! The comparison for a terminal of 110 columns.
+//! The comparison for a terminal of 120 columns.
 
 use std::fmt::Write;
 
 use super::properties::Judgement;
 use super::{Cell, Comparison};
 
-const LABEL: usize = 33;
-const CELL: usize = 13;
+const LABEL: usize = 34;
+const CELL: usize = 14;
 
 /// Whether the text may use colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,14 +41,15 @@ impl Colour {
     }
 }
 
-/// What a cell says, in at most twelve columns.
+/// What a cell says, in at most thirteen columns.
 fn short(cell: &Cell) -> String {
     let at = if cell.offset.is_some() { "@" } else { "" };
-    let dead = if cell.vm_dead == Some(true) { " dead" } else { "" };
+    let dead = if cell.vm_dead == Some(true) { " \u{2020}" } else { "" };
     let away = match (cell.is_unsafe(), cell.leaked_pages) {
-        (true, _) => " !".to_owned(),
+        (true, _) => " UNSAFE".to_owned(),
         (false, 0) => String::new(),
-        (false, pages) => format!(" -{pages}"),
+        (false, pages) if pages % 512 == 0 => format!(" -{}M", pages / 256),
+        (false, pages) => format!(" -{}K", pages * 4),
     };
     format!("{}{at}{dead}{away}", cell.result)
 }
@@ -127,6 +128,7 @@ pub fn render(comparison: &Comparison, colour: Colour) -> String {
                 "bytes/page" => format!("bytes/page, {}", row.name.replace("counters, ", "")),
                 _ => row.name.to_owned(),
             };
+            let label = label.replace("in ranges, at worst", "ranges at worst");
             let cells: String = row
                 .cells
                 .iter()
@@ -146,14 +148,16 @@ pub fn render(comparison: &Comparison, colour: Colour) -> String {
     out
 }
 
-const LEGEND: [&str; 9] = [
-    "0 or errno  what the caller is told; @ with the offset of the page.   dead  every ioctl of the VM is EIO.",
-    "!           UNSAFE: the page is free, or mapped by the host, while the TDX module has it.",
-    "-N          N guest pages are lost for good. The TD's root page is lost besides wherever the module keeps a page.",
-    "forget-remove: KVM drops a page table without telling TDX. Who counts for itself notices, whoever forgot.",
-    "no false alarm: a transient reference of somebody else is not taken for a page that is stuck.",
-    "reference checks to shared are what 'check every reference count at conversion' costs; those to private are",
-    "made under every policy (in-place conversion), and stand here to compare with.",
-    "Every cell was measured just now on sim:tdx (kernel 7.3, in-place and huge); nothing here is a result on hardware.",
+const LEGEND: [&str; 11] = [
+    "0, EFAULT@   what the caller is told; @: with the offset of what failed",
+    "\u{2020}            the VM is dead: every ioctl on it is EIO",
+    "UNSAFE       the page is free, or mapped by the host, while the TDX module has it",
+    "-4K, -2M     so much guest memory is lost for good; the TD's root page besides, wherever the module keeps a page",
+    "",
+    "forget-remove is a bug of KVM that drops a page table without telling TDX: only counts kept elsewhere can notice.",
+    "No false alarm: a transient reference of somebody else is not taken for a page that is stuck.",
+    "Reference checks on the way to shared are what 'check every reference count at conversion' costs. Those on the way",
+    "to private are made by in-place conversion under every policy, and stand here to compare with.",
+    "Every cell was measured just now on sim:tdx (kernel=7.3, in-place and huge); nothing here is a result on hardware.",
     "Everything in full: --format json, --format html.",
 ];

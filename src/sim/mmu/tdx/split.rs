@@ -40,8 +40,8 @@ impl World {
         let entry = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr)];
         let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry).status;
         self.split_step(vm, gfn, Leaf::MemRangeBlock, blocked)?;
-        if let Err(tracked) = self.tdx_track(vm, td) {
-            self.tdx_bug_on(vm, Leaf::MemTrack, tracked.status);
+        if let Err(status) = self.tdx_track(vm, td) {
+            self.tdx_bug_on(vm, Leaf::MemTrack, status);
         }
         let (leaf, status) = (Leaf::MemPageDemote, Status::SUCCESS);
         let out_of_memory = UnmapError { gfn, leaf, status, errno: Errno::ENOMEM };
@@ -49,7 +49,7 @@ impl World {
         let operands = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr), (Reg::R8, table * PAGE_SIZE)];
         let mut status = self.no_vcpus_call(vm, Leaf::MemPageDemote, &operands).status;
         for _ in 0..RESTARTS {
-            if !status.is(Code::InterruptedRestartable) {
+            if !status.is(Code::InterruptedRestartable) || self.mutant(Mutant::SplitNeverRestarts) {
                 break;
             }
             status = self.no_vcpus_call(vm, Leaf::MemPageDemote, &operands).status;

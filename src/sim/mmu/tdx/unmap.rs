@@ -41,7 +41,7 @@ impl World {
     /// The first page that stays mapped, under a policy that reports it; every other policy deals with it and goes on.
     pub fn tdx_zap_private(&mut self, vm: VmId, first: u64, last: u64, context: ZapContext) -> Result<(), UnmapError> {
         let split = self.tdx_split_edges(vm, first, last);
-        if context == ZapContext::Fallible {
+        if context == ZapContext::Fallible && !self.mutant(Mutant::SplitFailureIgnored) {
             split?;
         }
         let Some(state) = self.vms.get(&vm) else { return Ok(()) };
@@ -66,6 +66,9 @@ impl World {
             if let Some(state) = self.vms.get_mut(&vm) {
                 state.mirror.remove(gfn);
             }
+            if self.mutant(Mutant::UnmapStopsAtFailure) {
+                break;
+            }
         }
         Ok(())
     }
@@ -81,7 +84,7 @@ impl World {
         let Some(td) = self.td_of(vm).map(Td::ids) else { return Ok(()) };
         let level = u64::from(level_of(order));
         let entry = [(Reg::Rcx, (gfn * PAGE_SIZE) | level), (Reg::Rdx, td.tdr)];
-        let fail = |leaf: Leaf, answer: Answer| UnmapError { gfn, leaf, status: answer.status, errno: Errno::EFAULT };
+        let fail = |leaf: Leaf, status: Status| UnmapError { gfn, leaf, status, errno: Errno::EFAULT };
         if !self.mutant(Mutant::UnmapSkipsBlock) {
             let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry);
             let again = self.policy_retries();
@@ -89,21 +92,22 @@ impl World {
                 // Removed by an earlier try, and only not written back.
                 return self.tdx_write_back(gfn, pfn, order, td.hkid);
             }
-            if !blocked.status.is_zero() && !(again && blocked.status.is(Code::GpaRangeAlreadyBlocked)) {
-                return Err(fail(Leaf::MemRangeBlock, blocked));
+            let blocked_before = again && blocked.status.is(Code::GpaRangeAlreadyBlocked);
+            if !blocked.status.is_zero() && !blocked_before {
+                return Err(fail(Leaf::MemRangeBlock, blocked.status));
             }
         }
         if td.state == TdState::Runnable
-            && let Err(tracked) = self.tdx_track(vm, td)
+            && let Err(status) = self.tdx_track(vm, td)
         {
             if self.policy_retries() {
-                return Err(fail(Leaf::MemTrack, tracked));
+                return Err(fail(Leaf::MemTrack, status));
             }
-            self.tdx_bug_on(vm, Leaf::MemTrack, tracked.status);
+            self.tdx_bug_on(vm, Leaf::MemTrack, status);
         }
         let removed = self.no_vcpus_call(vm, Leaf::MemPageRemove, &entry);
         if !removed.status.is_zero() {
-            return Err(fail(Leaf::MemPageRemove, removed));
+            return Err(fail(Leaf::MemPageRemove, removed.status));
         }
         self.tdx_write_back(gfn, pfn, order, td.hkid)
     }
@@ -129,12 +133,12 @@ impl World {
     ///
     /// # Errors
     /// What TDH.MEM.TRACK answered. KVM bugs the VM then and goes on with the removal.
-    pub(super) fn tdx_track(&mut self, vm: VmId, td: TdIds) -> Result<(), Answer> {
+    pub(super) fn tdx_track(&mut self, vm: VmId, td: TdIds) -> Result<(), Status> {
         let mut result = Ok(());
         if !self.mutant(Mutant::UnmapSkipsTrack) {
             let tracked = self.no_vcpus_call(vm, Leaf::MemTrack, &[(Reg::Rcx, td.tdr)]);
             if !tracked.status.is_zero() {
-                result = Err(tracked);
+                result = Err(tracked.status);
             }
         }
         if !self.mutant(Mutant::UnmapSkipsKick) {
