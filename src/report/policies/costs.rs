@@ -40,7 +40,7 @@ struct Measured {
     to_private: Costs,
     /// Bytes of counters for each guest page, one counter a page.
     flat_bytes: f64,
-    /// Bytes of counters for each guest page, with equal neighbours in one record, every other page mapped.
+    /// Bytes of counters for each guest page, with equal neighbours in one record, every other mapping there.
     ranged_bytes: f64,
     /// References besides the page cache's to each page that is mapped.
     references: f64,
@@ -70,7 +70,7 @@ pub(super) fn measure() -> TestResult<Vec<CostRow>> {
         row("to shared", "LRU drains, all CPUs", "per call", &|one| one.to_shared.lru_drains as f64);
         row("to private", "safety checks of references", "per MiB", &|one| per_mib(one.to_private.safety_checks, one));
         row("memory", "counters, one a page", "bytes/page", &|one| one.flat_bytes);
-        row("memory", "counters, in ranges, at worst", "bytes/page", &|one| one.ranged_bytes);
+        row("memory", "counters, in ranges, every other mapping", "bytes/page", &|one| one.ranged_bytes);
         row("memory", "references to a mapped page", "per page", &|one| one.references);
     }
     Ok(rows)
@@ -109,7 +109,7 @@ fn convert_there_and_back(cx: &Context<'_>, machine: &SimMachine, size: Size, co
     let shared = costs();
     td.convert(cx, 0, td.len(), KVM_MEMORY_ATTRIBUTE_PRIVATE)?;
     let private = costs();
-    // At worst no two neighbours are alike: every other page is mapped.
+    // No two neighbours are alike: every other mapping is there.
     for index in (0..count).step_by(2) {
         td.accept(index);
     }
