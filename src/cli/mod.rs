@@ -10,6 +10,7 @@ mod list;
 mod list_machines;
 pub mod machines;
 mod matrix;
+mod policies;
 mod probe;
 mod run;
 mod seam;
@@ -46,6 +47,8 @@ enum Command {
     Probe(probe::ProbeArguments),
     /// Boot a kernel under QEMU and run a command in it.
     Vm(vm::VmArguments),
+    /// Compare the answers to a private page that cannot be unmapped, measured on the model.
+    Policies(policies::PoliciesArguments),
     /// Run SEAMCALL scripts against the simulated TDX module.
     Seam(seam::SeamArguments),
     /// Run tests on several kernels and show the outcomes as a table.
@@ -89,6 +92,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::Bisect(options) => bisect::bisect(&options, suites, machines),
             Command::Compare(options) => compare::compare(&options),
             Command::Vm(options) => vm::vm(&options, suites, machines),
+            Command::Policies(options) => policies::policies(&options),
             Command::Seam(options) => seam::seam(&options),
             Command::Completions(options) => generate::completions(&options, Gmemtest::command()),
             Command::Man(options) => generate::man(&options, Gmemtest::command()),

@@ -24,6 +24,7 @@ pub mod known;
 mod memcg;
 pub mod outcome;
 pub mod plan;
+pub mod private_td;
 pub mod runner;
 pub mod running;
 mod seed;

@@ -29,6 +29,14 @@ pub(super) fn map_count(frame: u64) -> Result<u64, Errno> {
     word_of("/proc/kpagecount", frame)
 }
 
+/// memory_failure() on a frame. The kernel never uses the frame again, until it is booted anew or the poison is taken
+/// back through debugfs.
+pub(super) fn memory_failure(frame: u64) -> Result<(), Errno> {
+    const PATH: &str = "/sys/devices/system/memory/hard_offline_page";
+    let address = frame.checked_mul(PAGE_SIZE).ok_or(Errno::ENXIO)?;
+    fs::write(PATH, format!("{address:#x}")).map_err(errno_of)
+}
+
 /// Drains the LRU batches of every CPU, by the call that disturbs the system least: see [`move_to_its_own_node`].
 /// Where a kernel has no migration, by dropping the page cache.
 pub(super) fn drain_lru() -> Result<(), Errno> {

@@ -121,6 +121,10 @@ impl Machine for KvmMachine {
     fn drain_lru(&self) -> Result<(), Errno> {
         page::drain_lru()
     }
+
+    fn memory_failure(&self, frame: u64) -> Result<(), Errno> {
+        page::memory_failure(frame)
+    }
 }
 
 #[cfg(test)]

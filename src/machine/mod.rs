@@ -90,6 +90,25 @@ pub trait Machine: Send + Sync {
         Err(Errno::ENOSYS)
     }
 
+    /// The references to a page frame, whether a file has it or not; `None` for a frame that nobody holds. Machines
+    /// without [`Facility::PageAccount`] answer ENOSYS.
+    fn frame_account(&self, _frame: u64) -> Result<Option<PageAccount>, Errno> {
+        Err(Errno::ENOSYS)
+    }
+
+    /// A memory failure in a page frame (memory_failure()), also of one that nobody maps. EHWPOISON for a frame that is
+    /// poisoned already, EBUSY where it is poisoned now and could not be taken away from its users. Machines without
+    /// [`Facility::HwPoison`] answer ENOSYS.
+    fn memory_failure(&self, _frame: u64) -> Result<(), Errno> {
+        Err(Errno::ENOSYS)
+    }
+
+    /// How many failed SEAMCALLs and pages lost to the TDX module the kernel has reported since it runs. ENOSYS where
+    /// its log is not read.
+    fn complaints(&self) -> Result<u64, Errno> {
+        Err(Errno::ENOSYS)
+    }
+
     /// The TDX module under the machine, on machines with [`Facility::ModuleInjection`].
     fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {
         None

@@ -7,6 +7,7 @@ mod compare;
 mod json;
 mod junit;
 mod ktap;
+pub mod policies;
 mod pretty;
 mod story;
 

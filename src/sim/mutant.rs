@@ -173,6 +173,20 @@ mutants! {
     UnmapSkipsKick = "unmap-skips-kick",
     /// A busy module is not asked a second time.
     UnmapNeverRetries = "unmap-never-retries",
+    /// The unmap of a range ends at the first page that fails.
+    UnmapStopsAtFailure = "unmap-stops-at-failure",
+    /// A failed split of a huge mapping is not reported.
+    SplitFailureIgnored = "split-failure-ignored",
+    /// An interrupted TDH.MEM.PAGE.DEMOTE is taken for a failure.
+    SplitNeverRestarts = "split-never-restarts",
+    /// A bug in one VM is a bug in all of them.
+    BugBugsEveryVm = "bug-bugs-every-vm",
+    /// A dead VM answers ioctls.
+    DeadVmAnswers = "dead-vm-answers",
+    /// fallocate fails with EIO when the file's VM is dead.
+    FileChecksDead = "file-checks-dead",
+    /// S-EPT pages are not reclaimed when a TD is taken down.
+    TeardownKeepsTables = "teardown-keeps-tables",
     /// Conversion to private leaves a huge folio split.
     ConvertSkipsMerge = "convert-skips-merge",
     /// Base pages are merged although somebody holds one of them.

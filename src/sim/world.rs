@@ -102,7 +102,8 @@ impl World {
     /// # Errors
     /// EIO when it is dead.
     pub fn live_vm(&mut self, id: VmId) -> Result<&mut Vm, Errno> {
-        self.vms.get_mut(&id).filter(|vm| !vm.dead).ok_or(Errno::EIO)
+        let answers = self.mutant(Mutant::DeadVmAnswers);
+        self.vms.get_mut(&id).filter(|vm| answers || !vm.dead).ok_or(Errno::EIO)
     }
 
     /// Zeroes a folio that was never used and marks it up to date.

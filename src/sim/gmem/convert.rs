@@ -111,13 +111,16 @@ impl World {
         let mut drained = self.mutant(Mutant::ConvertSkipsDrain);
         for (index, pfn) in self.gmem_folios(inode, first, last) {
             let pages = self.host.frames.extent(pfn).1 as u32;
+            self.costs.safety_checks += 1;
             if self.look_at_refs(pfn) == pages {
                 continue;
             }
             if !drained {
                 self.host.drain_all_lru();
+                self.costs.lru_drains += 1;
                 drained = true;
             }
+            self.costs.safety_checks += 1;
             if self.look_at_refs(pfn) != pages {
                 return Some(index);
             }

@@ -47,7 +47,11 @@ impl World {
     /// private page cannot be unmapped and the policy reports it; EIO when a huge mapping cannot be split; EAGAIN when
     /// somebody holds a page of a split huge folio.
     pub fn gmem_fallocate(&mut self, file: FileId, mode: i32, offset: i64, len: i64) -> Result<(), Errno> {
-        let inode = self.gmem.files.get(&file).ok_or(Errno::EBADF)?.inode;
+        let open = self.gmem.files.get(&file).ok_or(Errno::EBADF)?;
+        let inode = open.inode;
+        if self.mutant(Mutant::FileChecksDead) && self.vm(open.vm).is_some_and(|vm| vm.dead) {
+            return Err(Errno::EIO);
+        }
         let unsupported = if self.mutant(Mutant::FallocateModeIsEinval) { Errno::EINVAL } else { Errno::EOPNOTSUPP };
         vfs_checks(mode, offset, len).map_err(|errno| if errno == Errno::EOPNOTSUPP { unsupported } else { errno })?;
         if mode & FALLOC_FL_KEEP_SIZE == 0 || mode & !(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE) != 0 {

@@ -92,6 +92,18 @@ impl SimMachine {
     }
 }
 
+/// What is known of a frame that somebody holds.
+fn account(world: &World, frame: u64) -> PageAccount {
+    let frames = &world.host.frames;
+    PageAccount {
+        frame,
+        refs: frames.refs(frame),
+        map_count: frames.mapcount(frame),
+        flags: frames.flags(frame).0,
+        holders: Some(frames.holders(frame).iter().map(|(holder, count)| (holder.name(), *count)).collect()),
+    }
+}
+
 impl Machine for SimMachine {
     fn spec(&self) -> &MachineSpec {
         &self.spec
@@ -162,16 +174,20 @@ impl Machine for SimMachine {
     fn page_account(&self, file: &dyn GuestMemfd, offset: u64) -> Result<Option<PageAccount>, Errno> {
         self.shared.with(|world| {
             let inode = world.gmem.files.get(&file.handle()).ok_or(Errno::EBADF)?.inode;
-            let Some(frame) = world.gmem_lookup(inode, offset / PAGE_SIZE) else { return Ok(None) };
-            let frames = &world.host.frames;
-            Ok(Some(PageAccount {
-                frame,
-                refs: frames.refs(frame),
-                map_count: frames.mapcount(frame),
-                flags: frames.flags(frame).0,
-                holders: Some(frames.holders(frame).iter().map(|(holder, count)| (holder.name(), *count)).collect()),
-            }))
+            Ok(world.gmem_lookup(inode, offset / PAGE_SIZE).map(|frame| account(world, frame)))
         })
+    }
+
+    fn frame_account(&self, frame: u64) -> Result<Option<PageAccount>, Errno> {
+        Ok(self.shared.with(|world| world.host.frames.folio(frame).is_some().then(|| account(world, frame))))
+    }
+
+    fn memory_failure(&self, frame: u64) -> Result<(), Errno> {
+        self.shared.with(|world| world.memory_failure(frame))
+    }
+
+    fn complaints(&self) -> Result<u64, Errno> {
+        Ok(self.shared.with(|world| world.log.len() as u64))
     }
 
     fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {

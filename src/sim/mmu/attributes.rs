@@ -37,7 +37,7 @@ impl World {
             return Ok(());
         }
         if !self.mutant(Mutant::AttributesSkipZap) {
-            self.zap_for_attributes(vm, first, last, attributes).map_err(|error| error.errno())?;
+            self.zap_for_attributes(vm, first, last, attributes).map_err(|error| error.errno)?;
         }
         if self.mutant(Mutant::AttributesPunch) {
             self.punch_gfns(vm, first, last);

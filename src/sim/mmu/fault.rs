@@ -83,6 +83,10 @@ impl World {
         let Some((_, slot)) = state.slots.at(gfn) else {
             return Err(if private { memory_fault(Errno::EFAULT) } else { Fault::Mmio });
         };
+        // A private mapping that is there is not made again: a spurious fault.
+        if private && state.mirror.get(gfn).is_some() {
+            return Err(Fault::Retry);
+        }
         let slot = slot.clone();
         let uses_gmem = (private && !self.mutant(Mutant::PrivateUsesSharedSide)) || slot.gmem_only;
         let (first, spte) = if uses_gmem {

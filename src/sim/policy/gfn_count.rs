@@ -73,6 +73,7 @@ impl UnmapPolicy for GfnCount {
     }
 
     fn still_in_use(&self, world: &mut World, inode: InodeId, first: u64, last: u64) -> Option<u64> {
+        world.costs.counter_checks += world.gmem_cached_pages(inode, first, last);
         let node = world.gmem.inodes.get(&inode)?;
         node.mapped_counts.pieces(first, last).into_iter().find(|(.., count)| *count > 0).map(|(index, ..)| index)
     }

@@ -28,7 +28,12 @@ impl UnmapPolicy for HoldOnError {
 
     fn still_in_use(&self, world: &mut World, inode: InodeId, first: u64, last: u64) -> Option<u64> {
         world.host.drain_all_lru();
+        world.costs.lru_drains += 1;
         for (index, pfn) in world.gmem_folios(inode, first, last) {
+            // A page that was shared already is allowed to have users.
+            if !world.gmem.inodes.get(&inode).is_some_and(|node| node.is_private(index.max(first))) {
+                continue;
+            }
             let pages = world.host.frames.extent(pfn).1 as u32;
             world.costs.reference_checks += 1;
             if world.look_at_refs(pfn) > pages {

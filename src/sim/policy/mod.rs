@@ -93,6 +93,12 @@ pub struct Costs {
     pub reference_checks: u64,
     /// Changes of a count that guest_memfd keeps.
     pub counter_updates: u64,
+    /// Looks at a count that guest_memfd keeps.
+    pub counter_checks: u64,
+    /// lru_add_drain_all(): every CPU is interrupted.
+    pub lru_drains: u64,
+    /// Looks at a folio's reference count that a conversion to private makes under every policy.
+    pub safety_checks: u64,
 }
 
 /// A private mapping of a guest.
@@ -147,7 +153,7 @@ pub trait UnmapPolicy: Sync {
         None
     }
 
-    /// Whether an unmap may be tried again on a page that is blocked already.
+    /// Whether a failed unmap is no bug, so that it may be tried again on a page that is blocked, or removed, already.
     fn tries_again(&self) -> bool {
         false
     }

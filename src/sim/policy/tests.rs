@@ -1,12 +1,13 @@
 //! What each policy makes of one page that TDH.MEM.PAGE.REMOVE refuses to give up.
 
 use crate::machine::{
-    Errno, Exit, GuestMemfd, GuestOp, Machine, MemoryAttributes, MemoryRegion, PAGE_SIZE, Vcpu, Vm, VmConfig,
+    Errno, Exit, GuestMemfd, GuestOp, HostMemory, Machine, MemoryAttributes, MemoryRegion, PAGE_SIZE, Vcpu, Vm,
+    VmConfig,
 };
 use crate::sim::SimMachine;
 use crate::sim::host::{Flags, Holder};
 use crate::sim::tdx_module::fault::{FaultRule, Filter, When};
-use crate::sim::tdx_module::{AnyLeaf, Code, Leaf, Operand, Status};
+use crate::sim::tdx_module::{AnyLeaf, Code, Leaf, Operand, Status, Switches};
 use std::sync::Arc;
 
 const GPA: u64 = 1 << 32;
@@ -176,5 +177,51 @@ fn only_who_counts_for_itself_survives_a_forgotten_notification() {
         machine.drain_lru().unwrap();
         let owned = machine.with_world(|world| world.free_frames_owned_by_module().len());
         assert_eq!(owned, if safe { 0 } else { 4 }, "{policy}");
+    }
+}
+
+#[test]
+fn a_transient_reference_is_a_false_alarm_only_where_references_mean_failure() {
+    for (policy, expected) in [("bug-vm", Ok(())), ("gfn-count", Ok(())), ("hold-on-error", Err(Errno::EFAULT))] {
+        let td = td("in-place", policy);
+        td.machine.with_world(|world| {
+            world.tdx_host().module.faults_mut().clear();
+            world.host.frames.get_speculative(td.stuck, 1, 2);
+        });
+        assert_eq!(td.file().convert(0, 4 * PAGE_SIZE, 0).map_err(|error| error.errno), expected, "{policy}");
+    }
+}
+
+#[test]
+fn a_transient_reference_that_stays_is_eagain_on_the_way_to_private() {
+    let td = td("in-place", "bug-vm");
+    td.machine.with_world(|world| world.tdx_host().module.faults_mut().clear());
+    td.file().convert(0, 4 * PAGE_SIZE, 0).unwrap();
+    for (looks, expected) in [(1, Ok(())), (3, Err(Errno::EAGAIN))] {
+        td.machine.with_world(|world| world.host.frames.get_speculative(td.stuck, looks, looks as u32));
+        let result = td.file().convert(0, 4 * PAGE_SIZE, 8).map_err(|error| error.errno);
+        assert_eq!(result, expected, "{looks} looks");
+        td.file().convert(0, 4 * PAGE_SIZE, 0).unwrap();
+    }
+}
+
+#[test]
+fn the_next_owner_of_a_stuck_page_reads_zeroes_or_with_the_erratum_meets_a_machine_check() {
+    for erratum in [false, true] {
+        let td = td("7.3", "bug-vm");
+        td.machine.with_world(|world| {
+            let module = &mut world.tdx_host().module;
+            let switches = Switches { partial_write_erratum: erratum, ..module.switches() };
+            module.set_switches(switches);
+        });
+        td.file().punch_hole(0, 4 * PAGE_SIZE).unwrap();
+        let memory = td.machine.host_memory(HostMemory::Anonymous, 4 * PAGE_SIZE).unwrap();
+        let at = (0..4 * PAGE_SIZE).step_by(PAGE_SIZE as usize).find(|at| {
+            let _ = memory.read_u64(*at);
+            memory.frame(*at) == Ok(td.stuck)
+        });
+        let read = memory.read_u64(at.expect("the frame is handed out again"));
+        assert_eq!(read.is_err(), erratum, "{read:?}");
+        assert!(erratum || read == Ok(0));
     }
 }

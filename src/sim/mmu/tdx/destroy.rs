@@ -4,6 +4,7 @@ use crate::machine::PAGE_SIZE;
 use crate::sim::World;
 use crate::sim::host::{Holder, Pfn};
 use crate::sim::mmu::VmId;
+use crate::sim::mutant::Mutant;
 use crate::sim::tdx_module::{Code, Leaf, Reg};
 
 /// How often CACHE.WB is resumed at most.
@@ -20,7 +21,8 @@ impl World {
                 self.reclaim(*page);
             }
         }
-        for page in td.tables.values().chain(&td.tdcs) {
+        let skipped = if self.mutant(Mutant::TeardownKeepsTables) { td.tables.len() } else { 0 };
+        for page in td.tables.values().skip(skipped).chain(&td.tdcs) {
             self.reclaim(*page);
         }
         if td.key_assigned || !self.tdh(Leaf::PhymemPageReclaim, &[(Reg::Rcx, td.tdr_pa())]).status.is_zero() {

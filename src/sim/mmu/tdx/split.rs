@@ -3,7 +3,7 @@
 use super::Td;
 use super::map::level_of;
 use super::unmap::UnmapError;
-use crate::machine::PAGE_SIZE;
+use crate::machine::{Errno, PAGE_SIZE};
 use crate::sim::World;
 use crate::sim::host::{Holder, Order};
 use crate::sim::mmu::{Spte, VmId};
@@ -40,13 +40,16 @@ impl World {
         let entry = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr)];
         let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry).status;
         self.split_step(vm, gfn, Leaf::MemRangeBlock, blocked)?;
-        self.tdx_track(vm, td);
-        let out_of_memory = UnmapError { gfn, leaf: Leaf::MemPageDemote, status: Status::SUCCESS };
+        if let Err(status) = self.tdx_track(vm, td) {
+            self.tdx_bug_on(vm, Leaf::MemTrack, status);
+        }
+        let (leaf, status) = (Leaf::MemPageDemote, Status::SUCCESS);
+        let out_of_memory = UnmapError { gfn, leaf, status, errno: Errno::ENOMEM };
         let table = self.control_page().map_err(|_| out_of_memory)?;
         let operands = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr), (Reg::R8, table * PAGE_SIZE)];
         let mut status = self.no_vcpus_call(vm, Leaf::MemPageDemote, &operands).status;
         for _ in 0..RESTARTS {
-            if !status.is(Code::InterruptedRestartable) {
+            if !status.is(Code::InterruptedRestartable) || self.mutant(Mutant::SplitNeverRestarts) {
                 break;
             }
             status = self.no_vcpus_call(vm, Leaf::MemPageDemote, &operands).status;
@@ -74,7 +77,7 @@ impl World {
             return Ok(());
         }
         self.tdx_bug_on(vm, leaf, status);
-        Err(UnmapError { gfn, leaf, status })
+        Err(UnmapError { gfn, leaf, status, errno: Errno::EIO })
     }
 
     /// The guest accepts below the level that is mapped, or wants to: the mapping is split, and the block stays split.

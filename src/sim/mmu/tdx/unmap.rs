@@ -20,13 +20,9 @@ pub struct UnmapError {
     pub leaf: Leaf,
     /// Its status.
     pub status: Status,
-}
-
-impl UnmapError {
-    /// What a call that can take an error returns.
-    pub fn errno(&self) -> Errno {
-        if self.leaf == Leaf::MemPageDemote { Errno::EIO } else { Errno::EFAULT }
-    }
+    /// What a call that can take an error returns: EFAULT when a page stays mapped, EIO when a huge mapping cannot be
+    /// split, ENOMEM when there is no page for the table below it.
+    pub errno: Errno,
 }
 
 /// Whether the caller can take an error.
@@ -45,7 +41,7 @@ impl World {
     /// The first page that stays mapped, under a policy that reports it; every other policy deals with it and goes on.
     pub fn tdx_zap_private(&mut self, vm: VmId, first: u64, last: u64, context: ZapContext) -> Result<(), UnmapError> {
         let split = self.tdx_split_edges(vm, first, last);
-        if context == ZapContext::Fallible {
+        if context == ZapContext::Fallible && !self.mutant(Mutant::SplitFailureIgnored) {
             split?;
         }
         let Some(state) = self.vms.get(&vm) else { return Ok(()) };
@@ -70,6 +66,9 @@ impl World {
             if let Some(state) = self.vms.get_mut(&vm) {
                 state.mirror.remove(gfn);
             }
+            if self.mutant(Mutant::UnmapStopsAtFailure) {
+                break;
+            }
         }
         Ok(())
     }
@@ -85,27 +84,43 @@ impl World {
         let Some(td) = self.td_of(vm).map(Td::ids) else { return Ok(()) };
         let level = u64::from(level_of(order));
         let entry = [(Reg::Rcx, (gfn * PAGE_SIZE) | level), (Reg::Rdx, td.tdr)];
-        let fail = |leaf: Leaf, answer: Answer| UnmapError { gfn, leaf, status: answer.status };
+        let fail = |leaf: Leaf, status: Status| UnmapError { gfn, leaf, status, errno: Errno::EFAULT };
         if !self.mutant(Mutant::UnmapSkipsBlock) {
             let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry);
-            let again = blocked.status.is(Code::GpaRangeAlreadyBlocked) && self.policy_retries();
-            if !blocked.status.is_zero() && !again {
-                return Err(fail(Leaf::MemRangeBlock, blocked));
+            let again = self.policy_retries();
+            if again && blocked.status.is(Code::EptEntryStateIncorrect) {
+                // Removed by an earlier try, and only not written back.
+                return self.tdx_write_back(gfn, pfn, order, td.hkid);
+            }
+            let blocked_before = again && blocked.status.is(Code::GpaRangeAlreadyBlocked);
+            if !blocked.status.is_zero() && !blocked_before {
+                return Err(fail(Leaf::MemRangeBlock, blocked.status));
             }
         }
-        if td.state == TdState::Runnable {
-            self.tdx_track(vm, td);
+        if td.state == TdState::Runnable
+            && let Err(status) = self.tdx_track(vm, td)
+        {
+            if self.policy_retries() {
+                return Err(fail(Leaf::MemTrack, status));
+            }
+            self.tdx_bug_on(vm, Leaf::MemTrack, status);
         }
         let removed = self.no_vcpus_call(vm, Leaf::MemPageRemove, &entry);
         if !removed.status.is_zero() {
-            return Err(fail(Leaf::MemPageRemove, removed));
+            return Err(fail(Leaf::MemPageRemove, removed.status));
         }
+        self.tdx_write_back(gfn, pfn, order, td.hkid)
+    }
+
+    /// tdx_clear_page after the removal: TDH.PHYMEM.PAGE.WBINVD, and the quirk's reset of the page.
+    fn tdx_write_back(&mut self, gfn: u64, pfn: Pfn, order: Order, hkid: u16) -> Result<(), UnmapError> {
         let keyid_shift = 52 - self.tdx_host().module.platform().keyid_bits;
         for page in pfn..pfn + order.pages() {
-            let address = (page * PAGE_SIZE) | (u64::from(td.hkid) << keyid_shift);
+            let address = (page * PAGE_SIZE) | (u64::from(hkid) << keyid_shift);
             let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, address)]);
             if !written_back.status.is_zero() {
-                return Err(fail(Leaf::PhymemPageWbinvd, written_back));
+                let (leaf, status) = (Leaf::PhymemPageWbinvd, written_back.status);
+                return Err(UnmapError { gfn, leaf, status, errno: Errno::EFAULT });
             }
         }
         if self.tdx_host().module.switches().partial_write_erratum {
@@ -114,17 +129,22 @@ impl World {
         Ok(())
     }
 
-    /// tdx_track: a new TLB epoch, and every vCPU out of the old one. A failure bugs the VM, and the removal goes on.
-    pub(super) fn tdx_track(&mut self, vm: VmId, td: TdIds) {
+    /// tdx_track: a new TLB epoch, and every vCPU out of the old one.
+    ///
+    /// # Errors
+    /// What TDH.MEM.TRACK answered. KVM bugs the VM then and goes on with the removal.
+    pub(super) fn tdx_track(&mut self, vm: VmId, td: TdIds) -> Result<(), Status> {
+        let mut result = Ok(());
         if !self.mutant(Mutant::UnmapSkipsTrack) {
             let tracked = self.no_vcpus_call(vm, Leaf::MemTrack, &[(Reg::Rcx, td.tdr)]);
             if !tracked.status.is_zero() {
-                self.tdx_bug_on(vm, Leaf::MemTrack, tracked.status);
+                result = Err(tracked.status);
             }
         }
         if !self.mutant(Mutant::UnmapSkipsKick) {
             self.kick_vcpus(vm);
         }
+        result
     }
 
     /// tdh_do_no_vcpus: when busy, every vCPU is kicked out and the call made once more.
