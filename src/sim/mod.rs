@@ -6,6 +6,7 @@
 //! [`policy`] the answers to a failed unmap, [`tdx_module`] the TDX module. [`machine`] puts the seam's traits on it.
 //! [`profile`] says which kernel it behaves like, [`mutant`] which defect is switched on.
 
+mod extent_map;
 pub mod gmem;
 pub mod host;
 pub mod machine;
@@ -17,6 +18,7 @@ mod range_map;
 pub mod tdx_module;
 mod world;
 
+pub use extent_map::{Extent, ExtentMap};
 pub use machine::SimMachine;
 pub use mutant::Mutant;
 pub use profile::{FrameModel, Kernel, KvmBug, Profile};

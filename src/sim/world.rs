@@ -30,6 +30,8 @@ pub struct World {
     pub costs: Costs,
     /// Looks at a reference count while waiting to split or merge a folio.
     pub freeze_spins: u64,
+    /// Folios whose reference count a conversion to private has looked at.
+    pub reference_looks: u64,
     /// Huge S-EPT mappings that were split.
     pub splits: u64,
     /// Frames that were handed out while the TDX module owned them.
@@ -52,6 +54,7 @@ impl World {
             tdx: None,
             costs: Costs::default(),
             freeze_spins: 0,
+            reference_looks: 0,
             splits: 0,
             reused_while_owned: Vec::new(),
             log: Vec::new(),

@@ -5,7 +5,7 @@ use super::super::mmu::ZapFilter;
 use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mutant::Mutant;
 use super::super::profile::FrameModel;
-use super::{FileId, InodeId};
+use super::{FileId, FolioGroup, InodeId};
 use crate::machine::{ConvertError, Errno, PAGE_SIZE};
 use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
@@ -109,9 +109,10 @@ impl World {
             return None;
         }
         let mut drained = self.mutant(Mutant::ConvertSkipsDrain);
-        for (index, pfn) in self.gmem_folios(inode, first, last) {
-            let pages = self.host.frames.extent(pfn).1 as u32;
-            if self.look_at_refs(pfn) == pages {
+        for FolioGroup { index, pfn, pages, quiet } in self.gmem_groups(inode, first, last) {
+            self.reference_looks += if quiet { pages } else { 1 };
+            let pages = pages as u32;
+            if quiet || self.look_at_refs(pfn) == pages {
                 continue;
             }
             if !drained {

@@ -79,7 +79,8 @@ impl World {
         if last * PAGE_SIZE > size && !self.mutant(Mutant::AllocateIgnoresSize) {
             return Err(Errno::EINVAL);
         }
-        for index in first..last {
+        let mut index = first;
+        while index < last {
             if self.mutant(Mutant::AllocateReplaces) {
                 self.gmem_truncate(inode, index, index + 1);
             }
@@ -87,6 +88,7 @@ impl World {
             if self.mutant(Mutant::AllocateZeroes) {
                 self.make_uptodate(pfn);
             }
+            index += self.gmem_block_rest(inode, index);
         }
         Ok(())
     }

@@ -5,12 +5,11 @@ use super::super::host::{Backing, Vma};
 use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mmu::{SlotKey, VmId, ZapFilter};
 use super::super::mutant::Mutant;
-use super::super::{RangeMap, World};
+use super::super::{ExtentMap, RangeMap, World};
 use super::huge::folio_order;
 use super::{Inode, InodeId};
 use crate::machine::{Errno, PAGE_SIZE, Protection};
 use crate::uapi::kvm::GUEST_MEMFD_FLAG_MMAP;
-use std::collections::BTreeMap;
 
 /// Identifies an open file in the model.
 pub type FileId = u64;
@@ -85,7 +84,7 @@ impl World {
                 size,
                 flags,
                 order,
-                pages: BTreeMap::new(),
+                pages: ExtentMap::default(),
                 converted: RangeMap::default(),
                 mapped_counts: RangeMap::default(),
                 modified_ns,

@@ -18,7 +18,7 @@ pub mod memory_failure;
 mod tests;
 
 pub use file::{Binding, File, FileId};
-pub use inode::{Inode, InodeId};
+pub use inode::{FolioGroup, Inode, InodeId};
 
 use std::collections::BTreeMap;
 

@@ -129,12 +129,19 @@ impl Allocator {
 
     /// Takes a folio's frames back.
     pub fn give_back(&mut self, pfn: Pfn, order: Order) {
+        if order == Order::Base {
+            return self.give_back_pages(pfn, 1);
+        }
+        self.free[order.slot()].push(pfn);
+    }
+
+    /// Takes back base pages that lie side by side in one block of 2M.
+    pub fn give_back_pages(&mut self, pfn: Pfn, pages: u64) {
         let heads = [Order::Pmd, Order::Pud].map(|huge| huge.align_down(pfn));
-        if order == Order::Base
-            && let Some(head) = heads.into_iter().find(|head| self.split.contains_key(head))
+        if let Some(head) = heads.into_iter().find(|head| self.split.contains_key(head))
             && let Some((huge, back)) = self.split.get_mut(&head)
         {
-            *back += 1;
+            *back += pages;
             if *back < huge.pages() {
                 return;
             }
@@ -142,7 +149,7 @@ impl Allocator {
             self.split.remove(&head);
             return self.free[huge.slot()].push(head);
         }
-        self.free[order.slot()].push(pfn);
+        self.free[Order::Base.slot()].extend(pfn..pfn + pages);
     }
 
     /// Takes frames out of circulation for good.

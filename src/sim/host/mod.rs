@@ -10,6 +10,7 @@ mod advice;
 pub mod allocator;
 pub mod content;
 pub mod folio;
+mod frame_table;
 pub mod lru;
 pub mod mm;
 pub mod phys;
@@ -18,7 +19,7 @@ pub mod vma;
 pub use access::Locking;
 pub use allocator::{Allocator, Order};
 pub use content::Contents;
-pub use folio::{Flags, Folio, Frames, Holder};
+pub use folio::{Flags, Folio, FolioRef, Frames, Holder};
 pub use lru::{Cpu, LruBatches};
 pub use mm::{AccessError, AddressSpace};
 pub use phys::Poisoned;
@@ -60,6 +61,12 @@ impl HostState {
         if let Some((head, folio)) = self.frames.put(pfn, holder, n) {
             self.release(head, &folio);
         }
+    }
+
+    /// Drops the page cache's reference, the only one, to each of `pages` base pages from `pfn` on.
+    pub fn drop_quiet_run(&mut self, pfn: Pfn, pages: u64) {
+        self.frames.drop_quiet_run(pfn, pages);
+        self.allocator.give_back_pages(pfn, pages);
     }
 
     fn release(&mut self, head: Pfn, folio: &Folio) {

@@ -1,5 +1,6 @@
 //! Taking a private page out of the S-EPT: BLOCK, TRACK, kick, REMOVE, WBINVD, with one retry after a kick when busy.
 
+use super::boot::HOST_LP;
 use super::map::level_of;
 use super::seamcall::Answer;
 use super::{Td, TdIds, TdState};
@@ -101,17 +102,26 @@ impl World {
             return Err(fail(Leaf::MemPageRemove, removed));
         }
         let keyid_shift = 52 - self.tdx_host().module.platform().keyid_bits;
+        let keyed = |page: Pfn| (page * PAGE_SIZE) | (u64::from(td.hkid) << keyid_shift);
+        if order == Order::Pmd && self.tdx_host().module.write_back_large_page(HOST_LP, keyed(pfn)) {
+            self.tdx_reset_after_removal(pfn, order);
+            return Ok(());
+        }
         for page in pfn..pfn + order.pages() {
-            let address = (page * PAGE_SIZE) | (u64::from(td.hkid) << keyid_shift);
-            let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, address)]);
+            let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, keyed(page))]);
             if !written_back.status.is_zero() {
                 return Err(fail(Leaf::PhymemPageWbinvd, written_back));
             }
         }
+        self.tdx_reset_after_removal(pfn, order);
+        Ok(())
+    }
+
+    /// tdx_quirk_reset_paddr: only parts with the partial-write erratum need it.
+    fn tdx_reset_after_removal(&mut self, pfn: Pfn, order: Order) {
         if self.tdx_host().module.switches().partial_write_erratum {
             self.tdx_host().module.host_reset(pfn * PAGE_SIZE, order.pages() * PAGE_SIZE);
         }
-        Ok(())
     }
 
     /// tdx_track: a new TLB epoch, and every vCPU out of the old one. A failure bugs the VM, and the removal goes on.
