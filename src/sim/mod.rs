@@ -4,7 +4,7 @@
 //! answer here and on a real kernel. [`World`] is the state behind one lock: [`host`] has frames, folios and the host
 //! process's page tables, [`gmem`] the guest_memfd files, [`mmu`] the VMs with their slots, attributes and page tables,
 //! [`policy`] the answers to a failed unmap, [`tdx_module`] the TDX module. [`machine`] puts the seam's traits on it.
-//! [`profile`] says which kernel it behaves like, [`mutant`] which defect is switched on.
+//! [`schedule`] makes races reproducible, [`profile`] says which kernel it behaves like, [`mutant`] which defect is switched on.
 
 mod extent_map;
 pub mod gmem;
@@ -15,6 +15,7 @@ pub mod mutant;
 pub mod policy;
 pub mod profile;
 mod range_map;
+pub mod schedule;
 pub mod tdx_module;
 mod world;
 

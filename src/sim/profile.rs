@@ -164,6 +164,8 @@ pub struct Profile {
     pub mutant: Option<Mutant>,
     /// `memory=`: GiB of frames for folios of each huge size on a TDX machine; base pages have a share besides.
     pub memory_gib: Option<u64>,
+    /// `schedule=`: seed of the unrest that every operation of the machine meets.
+    pub schedule: Option<u64>,
 }
 
 impl Profile {
@@ -179,6 +181,7 @@ impl Profile {
         let mut kvm_bug = None;
         let mut mutant = None;
         let mut memory_gib = None;
+        let mut schedule = None;
         for (name, value) in &spec.options {
             let bad = |legal: String| SpecError(format!("machine '{spec}': {name}={value} is unknown; use {legal}"));
             match name.as_str() {
@@ -211,13 +214,16 @@ impl Profile {
                         Mutant::from_name(value).ok_or_else(|| bad("a name that `gmemtest mutants` lists".into()))?,
                     );
                 }
+                "schedule" => {
+                    schedule = Some(value.parse().map_err(|_| bad("a number, the seed".into()))?);
+                }
                 "memory" => {
                     let gib = parse_gib(value).filter(|gib| (1..=MAX_MEMORY_GIB).contains(gib));
                     memory_gib = Some(gib.ok_or_else(|| bad(format!("1G to {}T", MAX_MEMORY_GIB >> 10)))?);
                 }
                 _ => {
                     return Err(SpecError(format!(
-                        "machine '{spec}': unknown option '{name}'; sim machines take kernel=, policy=, frames=, pending=, kvm-bug=, mutant= and memory="
+                        "machine '{spec}': unknown option '{name}'; sim machines take kernel=, policy=, frames=, pending=, kvm-bug=, mutant=, schedule= and memory="
                     )));
                 }
             }
@@ -242,7 +248,7 @@ impl Profile {
                 list(&PolicyKind::without_struct_page(), PolicyKind::name)
             )));
         }
-        Ok(Profile { kernel, policy, frames, pending, kvm_bug, mutant, memory_gib })
+        Ok(Profile { kernel, policy, frames, pending, kvm_bug, mutant, memory_gib, schedule })
     }
 }
 
@@ -293,6 +299,7 @@ mod tests {
             ("sim:tdx,frames=folio", "struct-page or pfnmap"),
             ("sim:tdx,kvm-bug=x", "use forget-remove"),
             ("sim:tdx,memory=0G", "use 1G to 4T"),
+            ("sim:default,schedule=x", "use a number, the seed"),
             ("sim:tdx,memory=5", "use 1G to 4T"),
             ("sim:default,memory=1G", "needs sim:tdx"),
         ] {

@@ -149,6 +149,32 @@ impl World {
         debug_assert!(done.is_ok(), "{done:?}");
     }
 
+    /// Makes faults on pages `first..last` of an inode wait, in every guest; the answer is for [`World::gmem_invalidate_end`].
+    pub fn gmem_invalidate_begin(&mut self, inode: InodeId, first: u64, last: u64) -> Vec<(VmId, u64, u64)> {
+        let mut ranges = Vec::new();
+        for file in self.gmem.files.values().filter(|file| file.inode == inode) {
+            for binding in &file.bindings {
+                let (from, to) = (first.max(binding.pgoff), last.min(binding.pgoff.saturating_add(binding.pages)));
+                let slot = self.vms.get(&file.vm).and_then(|vm| vm.slots.get(binding.slot));
+                if let Some(slot) = slot.filter(|_| from < to) {
+                    let gfn = slot.base_gfn + (from - binding.pgoff);
+                    ranges.push((file.vm, gfn, gfn + (to - from)));
+                }
+            }
+        }
+        for (vm, first, last) in &ranges {
+            self.invalidate_begin(*vm, *first, *last);
+        }
+        ranges
+    }
+
+    /// Ends what [`World::gmem_invalidate_begin`] began.
+    pub fn gmem_invalidate_end(&mut self, ranges: Vec<(VmId, u64, u64)>) {
+        for (vm, first, last) in ranges {
+            self.invalidate_end(vm, first, last);
+        }
+    }
+
     /// Unmaps from every guest the pages `first..last` of an inode, by the bindings of its files.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use crate::sim::host::{Order, Pfn};
 use crate::sim::mmu::VmId;
 use crate::sim::mutant::Mutant;
 use crate::sim::policy::Stuck;
+use crate::sim::schedule::{Lock, SchedulePoint};
 use crate::sim::tdx_module::{Code, Leaf, Reg, Status};
 
 /// A private page that could not be unmapped.
@@ -94,9 +95,11 @@ impl World {
                 return Err(fail(Leaf::MemRangeBlock, blocked));
             }
         }
+        self.schedule_point(SchedulePoint::ZapBlocked, &[Lock::Mmu(vm)]);
         if td.state == TdState::Runnable {
             self.tdx_track(vm, td);
         }
+        self.schedule_point(SchedulePoint::ZapTracked, &[Lock::Mmu(vm)]);
         let removed = self.no_vcpus_call(vm, Leaf::MemPageRemove, &entry);
         if !removed.status.is_zero() {
             return Err(fail(Leaf::MemPageRemove, removed));
