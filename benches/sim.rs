@@ -216,8 +216,7 @@ fn sizes() {
     for (folios, sizes) in [(Folios::Huge, &[1, 4, 16, 64, 256, 1024][..]), (Folios::Base, &[1, 4, 16][..])] {
         // A first guest warms the allocator and the code up.
         there_and_back(1, folios);
-        let rows: Vec<Row> =
-            sizes.iter().filter(|gib| **gib <= max).map(|gib| there_and_back(*gib, folios)).collect();
+        let rows: Vec<Row> = sizes.iter().filter(|gib| **gib <= max).map(|gib| there_and_back(*gib, folios)).collect();
         let cost = |row: &Row| row.seconds / row.pages as f64;
         let cheapest = rows.iter().map(cost).fold(f64::INFINITY, f64::min);
         let dearest = rows.iter().map(cost).fold(0.0, f64::max);

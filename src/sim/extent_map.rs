@@ -63,7 +63,8 @@ impl<T: Copy + PartialEq> ExtentMap<T> {
         self.remove(first, first + len);
         self.len += len;
         let mut run = Run { len, base, tag };
-        if let Some(next) = self.runs.get(&(first + len)).copied().filter(|next| next.base == base + len && next.tag == tag)
+        if let Some(next) =
+            self.runs.get(&(first + len)).copied().filter(|next| next.base == base + len && next.tag == tag)
         {
             self.runs.remove(&(first + len));
             run.len += next.len;
@@ -111,7 +112,12 @@ impl<T: Copy + PartialEq> ExtentMap<T> {
         let inside = inside.map(|(at, run)| Extent { first: *at, len: run.len, base: run.base, tag: run.tag });
         before.into_iter().chain(inside).filter_map(move |run| {
             let (from, to) = (run.first.max(first), run.end().min(last));
-            (from < to).then(|| Extent { first: from, len: to - from, base: run.base + (from - run.first), tag: run.tag })
+            (from < to).then(|| Extent {
+                first: from,
+                len: to - from,
+                base: run.base + (from - run.first),
+                tag: run.tag,
+            })
         })
     }
 
@@ -167,8 +173,7 @@ mod tests {
             for piece in map.pieces(from, to) {
                 seen.extend((0..piece.len).map(|i| (piece.first + i, (piece.base + i, piece.tag))));
             }
-            let expected: Vec<_> =
-                (from..to).filter_map(|key| plain[key as usize].map(|value| (key, value))).collect();
+            let expected: Vec<_> = (from..to).filter_map(|key| plain[key as usize].map(|value| (key, value))).collect();
             assert_eq!(seen, expected);
         }
     }

@@ -126,6 +126,7 @@ impl World {
         if !self.mutant(Mutant::CloseSkipsZap) {
             self.gmem_zap_void(inode, 0, u64::MAX);
         }
+        self.iommu_invalidate(inode, 0, u64::MAX);
         self.gmem.files.remove(&file);
         self.gmem_truncate(inode, 0, u64::MAX);
         self.gmem.inodes.remove(&inode);
@@ -149,7 +150,8 @@ impl World {
         debug_assert!(done.is_ok(), "{done:?}");
     }
 
-    /// Makes faults on pages `first..last` of an inode wait, in every guest; the answer is for [`World::gmem_invalidate_end`].
+    /// Makes faults on pages `first..last` of an inode wait, in every guest, and takes the pages away from devices that have no
+    /// pin; the answer is for [`World::gmem_invalidate_end`].
     pub fn gmem_invalidate_begin(&mut self, inode: InodeId, first: u64, last: u64) -> Vec<(VmId, u64, u64)> {
         let mut ranges = Vec::new();
         for file in self.gmem.files.values().filter(|file| file.inode == inode) {
@@ -162,6 +164,7 @@ impl World {
                 }
             }
         }
+        self.iommu_invalidate(inode, first, last);
         for (vm, first, last) in &ranges {
             self.invalidate_begin(*vm, *first, *last);
         }

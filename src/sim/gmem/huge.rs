@@ -5,7 +5,7 @@
 //! them in [`World::freeze_spins`], and gives up with EAGAIN.
 
 use super::super::World;
-use super::super::host::{Order, Pfn};
+use super::super::host::{Order, Pfn, Pool};
 use super::super::mutant::Mutant;
 use super::super::profile::{GMEM_FLAG_HUGETLB, GMEM_HUGE_SHIFT, Kernel};
 use super::{FolioGroup, InodeId};
@@ -38,6 +38,14 @@ pub fn folio_order(kernel: Kernel, flags: u64, size: u64) -> Result<(Order, u64)
 impl World {
     fn order_of(&self, inode: InodeId) -> Order {
         self.gmem.inodes.get(&inode).map_or(Order::Base, |node| node.order)
+    }
+
+    /// The pool of huge pages of an order. Every file has its whole size reserved from creation to close, as hugetlb does
+    /// it; the reservation is a number only, an allocation beyond it is not refused.
+    pub fn gmem_pool(&self, order: Order) -> Pool {
+        let missing = |node: &super::Inode| (node.size_pages() - node.pages.len()) / order.pages();
+        let files = self.gmem.inodes.values().filter(|node| node.order == order);
+        Pool { reserved: files.map(missing).sum(), ..self.host.allocator.pool(order) }
     }
 
     fn is_block_private(&self, inode: InodeId, block: u64, order: Order) -> bool {
@@ -124,8 +132,7 @@ impl World {
 
     fn merge_blocks(&mut self, inode: InodeId, blocks: &[u64], order: Order) -> Result<(), u64> {
         let pages = order.pages();
-        let split: Vec<u64> =
-            blocks.iter().copied().filter(|block| self.is_split(inode, *block, order)).collect();
+        let split: Vec<u64> = blocks.iter().copied().filter(|block| self.is_split(inode, *block, order)).collect();
         for block in &split {
             for FolioGroup { index, pfn, quiet, .. } in self.gmem_groups(inode, *block, block + pages) {
                 if !quiet && !self.freeze(pfn, 1) && !self.mutant(Mutant::MergeDespiteReferences) {

@@ -9,6 +9,8 @@ pub mod convert;
 pub mod fallocate;
 pub mod fault;
 pub mod file;
+#[cfg(test)]
+mod holder_tests;
 pub mod huge;
 #[cfg(test)]
 mod huge_tests;

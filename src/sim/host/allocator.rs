@@ -55,6 +55,19 @@ impl Default for Regions {
     }
 }
 
+/// A pool of huge pages, in folios.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// All of them (HugePages_Total).
+    pub total: u64,
+    /// Those that nobody has (HugePages_Free).
+    pub free: u64,
+    /// Those of the free ones that files will need to be full (HugePages_Rsvd).
+    pub reserved: u64,
+    /// Those in use as base pages.
+    pub split: u64,
+}
+
 /// Free frames of every order. Orders above base are a pool in the manner of hugetlb: frames of a split folio come back
 /// one by one and stay base pages until they are merged.
 #[derive(Debug)]
@@ -155,6 +168,16 @@ impl Allocator {
     /// Takes frames out of circulation for good.
     pub fn retire(&mut self, _pfn: Pfn, order: Order) {
         self.retired += order.pages();
+    }
+
+    /// The pool of an order, nothing reserved.
+    pub fn pool(&self, order: Order) -> Pool {
+        let slot = order.slot();
+        let room = (self.regions.limit[slot] - self.regions.first[slot]) / order.pages();
+        let total = self.pool_limit.map_or(room, |limit| limit.min(room));
+        let never_used = total.saturating_sub((self.next[slot] - self.regions.first[slot]) / order.pages());
+        let split = self.split.values().filter(|(huge, _)| *huge == order).count() as u64;
+        Pool { total, free: never_used + self.free[slot].len() as u64, reserved: 0, split }
     }
 
     /// Frames out of circulation, in pages.

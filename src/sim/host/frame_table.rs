@@ -59,7 +59,8 @@ impl Packed {
     /// `None` for a page whose inode number or flags do not fit.
     fn new(quiet: Quiet) -> Option<Packed> {
         let (inode, index) = quiet.mapping.unwrap_or_default();
-        let flags = u32::try_from(quiet.flags.0).ok().filter(|flags| flags & (Packed::PRESENT | Packed::CACHED) == 0)?;
+        let flags =
+            u32::try_from(quiet.flags.0).ok().filter(|flags| flags & (Packed::PRESENT | Packed::CACHED) == 0)?;
         let cached = if quiet.mapping.is_some() { Packed::CACHED } else { 0 };
         Some(Packed { index, inode: u32::try_from(inode).ok()?, flags: flags | Packed::PRESENT | cached })
     }
@@ -140,11 +141,8 @@ impl Chunk {
             *self = Chunk::Pages(pages);
         }
         if matches!(self, Chunk::Empty) {
-            *self = Chunk::Pages(Box::new(Pages {
-                quiet: [Packed::NONE; BLOCK as usize],
-                odd: BTreeMap::new(),
-                live: 0,
-            }));
+            *self =
+                Chunk::Pages(Box::new(Pages { quiet: [Packed::NONE; BLOCK as usize], odd: BTreeMap::new(), live: 0 }));
         }
         match self {
             Chunk::Pages(pages) => pages,
@@ -156,9 +154,7 @@ impl Chunk {
         match self {
             Chunk::Empty => None,
             Chunk::Huge(folio) => Some((&**folio).into()),
-            Chunk::Split(split) => {
-                Some(split.odd.get(&page).map_or_else(|| split.quiet(page).view(), FolioRef::from))
-            }
+            Chunk::Split(split) => Some(split.odd.get(&page).map_or_else(|| split.quiet(page).view(), FolioRef::from)),
             Chunk::Pages(pages) => match pages.quiet[usize::from(page)].get() {
                 Some(quiet) => Some(quiet.view()),
                 None => pages.odd.get(&page).map(FolioRef::from),
@@ -380,8 +376,7 @@ impl FrameTable {
         }
         self.pages -= order.pages();
         let refs = order.pages() as u32;
-        let folio =
-            Folio { flags: Flags(common.0 | dirty), mapping, ..Folio::held(order, Holder::PageCache, refs) };
+        let folio = Folio { flags: Flags(common.0 | dirty), mapping, ..Folio::held(order, Holder::PageCache, refs) };
         self.insert(head, folio);
     }
 

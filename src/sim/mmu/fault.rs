@@ -175,8 +175,8 @@ impl World {
             let (block, size) = (order.align_down(gfn), order.pages());
             let inside = block >= slot.base_gfn && block + size <= slot.end_gfn();
             let alike = slot.pgoff % size == slot.base_gfn % size;
-            let free = !is_td
-                || (!state.mirror.maps_any(block, block + size) && !state.huge_inhibited.contains(&block));
+            let free =
+                !is_td || (!state.mirror.maps_any(block, block + size) && !state.huge_inhibited.contains(&block));
             size <= pages && inside && alike && free && !self.is_mixed(vm, block, block + size)
         };
         let largest: &[Order] = if is_td { &[Order::Pmd] } else { &[Order::Pud, Order::Pmd] };

@@ -287,7 +287,8 @@ impl Pamt {
         let mut at = pa & !0xFFF;
         while at < pa + len {
             let small = |pa: u64| self.entry(0, pa).is_none_or(|entry| entry.ty() == PageType::Nda);
-            let large = [2, 1].into_iter().any(|level| self.entry(level, at).is_some_and(|entry| entry.ty() == PageType::Reg));
+            let large =
+                [2, 1].into_iter().any(|level| self.entry(level, at).is_some_and(|entry| entry.ty() == PageType::Reg));
             if large {
                 return false;
             }
@@ -311,9 +312,8 @@ impl Pamt {
     /// Whether every 4K page of the 2M range at `pa` is free with its lock and those above it open to a reader, nobody waiting.
     pub(crate) fn is_open_and_free(&self, pa: u64) -> bool {
         let open = |lock: LockWord| !lock.is_exclusive() && !lock.host_priority();
-        let upper = |level: u8| {
-            self.entry(level, pa).is_some_and(|entry| entry.ty() == PageType::Nda && open(entry.lock()))
-        };
+        let upper =
+            |level: u8| self.entry(level, pa).is_some_and(|entry| entry.ty() == PageType::Nda && open(entry.lock()));
         let small = self.region(pa).is_some_and(|region| {
             let children = region.children.iter().flat_map(|children| children.iter());
             region.used == 0 && region.rsvd == 0 && children.into_iter().all(|entry| open(entry.lock()))

@@ -115,7 +115,8 @@ impl Module {
     pub fn write_back_large_page(&mut self, lp: LpId, rcx: u64) -> bool {
         let leaf = Leaf::PhymemPageWbinvd;
         let (pa, hkid) = (rcx & self.platform.address_mask(), self.platform.hkid_of(rcx));
-        let idle = self.lps.get(lp.0 as usize).is_some_and(|lp| matches!(lp.activity, Activity::Host) && lp.hold.is_none());
+        let idle =
+            self.lps.get(lp.0 as usize).is_some_and(|lp| matches!(lp.activity, Activity::Host) && lp.hold.is_none());
         let planned = self.faults.rules().iter().any(|rule| rule.leaf == AnyLeaf::Seamcall(leaf));
         let plain = idle
             && !planned
