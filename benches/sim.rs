@@ -111,7 +111,6 @@ struct Guest {
     file: Arc<dyn GuestMemfd>,
     vm: Arc<dyn Vm>,
     machine: SimMachine,
-    size: u64,
     folios: Folios,
 }
 
@@ -123,7 +122,7 @@ impl Guest {
         let flags = if folios == Folios::Huge { HUGE_FILE } else { 1 };
         let file = vm.create_guest_memfd(size, flags).expect("a guest_memfd");
         vm.set_memory_region(&MemoryRegion::new(0, GPA, size).bound_to(&*file, 0)).expect("a slot");
-        let mut guest = Guest { vcpu, file, vm, machine, size, folios };
+        let mut guest = Guest { vcpu, file, vm, machine, folios };
         guest.vcpu.set_time_limit(Duration::from_secs(600));
         if !guest.in_place() {
             guest.convert(0, size, PRIVATE);
@@ -169,8 +168,15 @@ struct Row {
     pages: u64,
 }
 
+/// Whether a guest's row is printed.
+#[derive(Clone, Copy, PartialEq)]
+enum Show {
+    Row,
+    Nothing,
+}
+
 /// One guest, there and back: all private and accepted, all shared, all private and accepted again.
-fn there_and_back(gib: u64, folios: Folios) -> Row {
+fn there_and_back(gib: u64, folios: Folios, show: Show) -> Row {
     let size = gib * GIB;
     trim();
     let before = resident();
@@ -195,6 +201,9 @@ fn there_and_back(gib: u64, folios: Folios) -> Row {
     let spent = CpuTime::now() - cpu;
     let pages = size / folios.bytes();
     let bytes = peak.max(shared).max(populated).saturating_sub(before);
+    if show == Show::Nothing {
+        return Row { gib, seconds: spent.as_secs_f64(), bytes, pages };
+    }
     println!(
         "{:>6} GiB of {}: {:>7.2} s processor, {:>7.2} s elapsed; to shared {:>7.1} ns, to private {:>6.1} ns a folio; \
          {:>7.1} MiB, {:>6.1} bytes a folio",
@@ -215,8 +224,9 @@ fn sizes() {
     let max = std::env::var("GMEMTEST_BENCH_MAX_GIB").ok().and_then(|text| text.parse().ok()).unwrap_or(1024);
     for (folios, sizes) in [(Folios::Huge, &[1, 4, 16, 64, 256, 1024][..]), (Folios::Base, &[1, 4, 16][..])] {
         // A first guest warms the allocator and the code up.
-        there_and_back(1, folios);
-        let rows: Vec<Row> = sizes.iter().filter(|gib| **gib <= max).map(|gib| there_and_back(*gib, folios)).collect();
+        there_and_back(1, folios, Show::Nothing);
+        let rows: Vec<Row> =
+            sizes.iter().filter(|gib| **gib <= max).map(|gib| there_and_back(*gib, folios, Show::Row)).collect();
         let cost = |row: &Row| row.seconds / row.pages as f64;
         let cheapest = rows.iter().map(cost).fold(f64::INFINITY, f64::min);
         let dearest = rows.iter().map(cost).fold(0.0, f64::max);
