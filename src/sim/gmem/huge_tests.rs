@@ -199,7 +199,7 @@ fn a_guest_of_2m_folios_costs_by_the_block_split_or_not() {
     let size = blocks * MIB2;
     let mut huge = huge("sim:tdx,kernel=huge", size, MMAP_2M);
     let accept = GuestOp::Accept { gpa: GPA, len: size, level: 1 };
-    assert_eq!(huge.vcpu.execute(accept.clone()), Exit::Done(0));
+    assert_eq!(huge.vcpu.execute(accept), Exit::Done(0));
     assert_eq!(huge.leaves(), (blocks, 0));
     let cost = |huge: &Huge| {
         huge.machine.with_world(|world| {
