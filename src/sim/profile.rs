@@ -13,6 +13,9 @@ pub const GMEM_FLAG_HUGETLB: u64 = 1 << 2;
 /// Where the page size of a huge guest_memfd is encoded in the creation flags, as with MAP_HUGE_SHIFT.
 pub const GMEM_HUGE_SHIFT: u32 = 26;
 
+/// The most that `memory=` takes.
+const MAX_MEMORY_GIB: u64 = 4 << 10;
+
 /// The kernel that a simulated machine behaves like: the option `kernel=`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kernel {
@@ -159,6 +162,10 @@ pub struct Profile {
     pub kvm_bug: Option<KvmBug>,
     /// `mutant=`.
     pub mutant: Option<Mutant>,
+    /// `memory=`: GiB of frames for folios of each huge size on a TDX machine; base pages have a share besides.
+    pub memory_gib: Option<u64>,
+    /// `schedule=`: seed of the unrest that every operation of the machine meets.
+    pub schedule: Option<u64>,
 }
 
 impl Profile {
@@ -173,6 +180,8 @@ impl Profile {
         let mut pending = PendingAccess::Accept;
         let mut kvm_bug = None;
         let mut mutant = None;
+        let mut memory_gib = None;
+        let mut schedule = None;
         for (name, value) in &spec.options {
             let bad = |legal: String| SpecError(format!("machine '{spec}': {name}={value} is unknown; use {legal}"));
             match name.as_str() {
@@ -205,9 +214,16 @@ impl Profile {
                         Mutant::from_name(value).ok_or_else(|| bad("a name that `gmemtest mutants` lists".into()))?,
                     );
                 }
+                "schedule" => {
+                    schedule = Some(value.parse().map_err(|_| bad("a number, the seed".into()))?);
+                }
+                "memory" => {
+                    let gib = parse_gib(value).filter(|gib| (1..=MAX_MEMORY_GIB).contains(gib));
+                    memory_gib = Some(gib.ok_or_else(|| bad(format!("1G to {}T", MAX_MEMORY_GIB >> 10)))?);
+                }
                 _ => {
                     return Err(SpecError(format!(
-                        "machine '{spec}': unknown option '{name}'; sim machines take kernel=, policy=, frames=, pending=, kvm-bug= and mutant="
+                        "machine '{spec}': unknown option '{name}'; sim machines take kernel=, policy=, frames=, pending=, kvm-bug=, mutant=, schedule= and memory="
                     )));
                 }
             }
@@ -221,6 +237,9 @@ impl Profile {
                 return Err(SpecError(format!("machine '{spec}': {option}= is about the S-EPT and needs sim:tdx")));
             }
         }
+        if !tdx && memory_gib.is_some() {
+            return Err(SpecError(format!("machine '{spec}': memory= is about TDMRs and needs sim:tdx")));
+        }
         let policy = policy.unwrap_or(if kernel <= Kernel::V6_18 { PolicyKind::PinMapped } else { PolicyKind::BugVm });
         if frames == FrameModel::PfnMap && policy.needs_struct_page() {
             return Err(SpecError(format!(
@@ -229,8 +248,19 @@ impl Profile {
                 list(&PolicyKind::without_struct_page(), PolicyKind::name)
             )));
         }
-        Ok(Profile { kernel, policy, frames, pending, kvm_bug, mutant })
+        Ok(Profile { kernel, policy, frames, pending, kvm_bug, mutant, memory_gib, schedule })
     }
+}
+
+/// GiB of a size with the suffix G or T.
+fn parse_gib(size: &str) -> Option<u64> {
+    let (number, unit) = size.split_at_checked(size.len().checked_sub(1)?)?;
+    let gib = match unit {
+        "G" | "g" => 1,
+        "T" | "t" => 1024,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(gib)
 }
 
 fn find<T: Copy>(all: &[T], value: &str, name: fn(T) -> &'static str) -> Option<T> {
@@ -268,6 +298,10 @@ mod tests {
             ("sim:tdx,frames=pfnmap,policy=poison", "needs a struct page"),
             ("sim:tdx,frames=folio", "struct-page or pfnmap"),
             ("sim:tdx,kvm-bug=x", "use forget-remove"),
+            ("sim:tdx,memory=0G", "use 1G to 4T"),
+            ("sim:default,schedule=x", "use a number, the seed"),
+            ("sim:tdx,memory=5", "use 1G to 4T"),
+            ("sim:default,memory=1G", "needs sim:tdx"),
         ] {
             let error = profile(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

@@ -8,6 +8,7 @@ use super::mmu::{Vm, VmId};
 use super::mutant::Mutant;
 use super::policy::Costs;
 use super::profile::{Kernel, Profile};
+use super::schedule::Scheduler;
 use super::tdx_module::Switches;
 use crate::machine::{Errno, Release};
 use std::collections::BTreeMap;
@@ -36,6 +37,8 @@ pub struct World {
     pub reused_while_owned: Vec<Pfn>,
     /// What the kernel would have logged.
     pub log: Vec<String>,
+    /// Who runs when operations can be interrupted.
+    pub scheduler: Scheduler,
     /// Whether every operation checks the model's invariants.
     pub checks: bool,
     next_id: u64,
@@ -44,7 +47,9 @@ pub struct World {
 impl World {
     /// An empty machine.
     pub fn new(profile: Profile) -> World {
+        let scheduler = Scheduler::new(profile.schedule);
         World {
+            scheduler,
             profile,
             host: HostState::default(),
             gmem: GmemState::default(),

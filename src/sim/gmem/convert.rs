@@ -5,7 +5,8 @@ use super::super::mmu::ZapFilter;
 use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mutant::Mutant;
 use super::super::profile::FrameModel;
-use super::{FileId, InodeId};
+use super::super::schedule::{Lock, SchedulePoint};
+use super::{FileId, FolioGroup, InodeId};
 use crate::machine::{ConvertError, Errno, PAGE_SIZE};
 use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
@@ -46,11 +47,14 @@ impl World {
         if self.gmem.inodes[&inode].all_private(first, last, to_private) {
             return Ok(());
         }
-        if to_private {
+        let invalidated = self.gmem_invalidate_begin(inode, first, last);
+        let converted = if to_private {
             self.convert_to_private(inode, first, last)
         } else {
             self.convert_to_shared(inode, first, last)
-        }
+        };
+        self.gmem_invalidate_end(invalidated);
+        converted
     }
 
     fn convert_to_private(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(), ConvertError> {
@@ -69,6 +73,7 @@ impl World {
         if !self.mutant(Mutant::ConvertSkipsZap) {
             let _ = self.gmem_zap_bindings(inode, first, last, ZapFilter::Shared, ZapContext::Void);
         }
+        self.schedule_point(SchedulePoint::ConversionUnmapped, &[Lock::Invalidate(inode)]);
         let before = self.gmem.inodes[&inode].converted.clone();
         self.store_private(inode, first, last, true);
         self.gmem_merge(inode, first, last).map_err(|index| {
@@ -87,6 +92,7 @@ impl World {
                 return Err(at(Errno::EFAULT, index));
             }
         }
+        self.schedule_point(SchedulePoint::ConversionUnmapped, &[Lock::Invalidate(inode)]);
         self.gmem_split(inode, first, last).map_err(|index| at(Errno::EAGAIN, index))?;
         self.store_private(inode, first, last, false);
         Ok(())
@@ -109,10 +115,10 @@ impl World {
             return None;
         }
         let mut drained = self.mutant(Mutant::ConvertSkipsDrain);
-        for (index, pfn) in self.gmem_folios(inode, first, last) {
-            let pages = self.host.frames.extent(pfn).1 as u32;
-            self.costs.safety_checks += 1;
-            if self.look_at_refs(pfn) == pages {
+        for FolioGroup { index, pfn, pages, quiet } in self.gmem_groups(inode, first, last) {
+            self.costs.safety_checks += if quiet { pages } else { 1 };
+            let pages = pages as u32;
+            if quiet || self.look_at_refs(pfn) == pages {
                 continue;
             }
             if !drained {

@@ -4,6 +4,7 @@ use super::super::World;
 use super::super::host::{Cpu, Holder};
 use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mutant::Mutant;
+use super::super::schedule::{Lock, SchedulePoint};
 use super::file::MAX_FILE_SIZE;
 use super::{FileId, InodeId};
 use crate::machine::{Errno, PAGE_SIZE};
@@ -64,7 +65,10 @@ impl World {
         }
         let (first, last) = (offset / PAGE_SIZE, (offset + len) / PAGE_SIZE);
         if mode & FALLOC_FL_PUNCH_HOLE != 0 {
-            self.gmem_punch(inode, first, last)?;
+            let invalidated = self.gmem_invalidate_begin(inode, first, last);
+            let punched = self.gmem_punch(inode, first, last);
+            self.gmem_invalidate_end(invalidated);
+            punched?;
             if self.mutant(Mutant::PunchKeepsTimes) {
                 return Ok(());
             }
@@ -83,7 +87,8 @@ impl World {
         if last * PAGE_SIZE > size && !self.mutant(Mutant::AllocateIgnoresSize) {
             return Err(Errno::EINVAL);
         }
-        for index in first..last {
+        let mut index = first;
+        while index < last {
             if self.mutant(Mutant::AllocateReplaces) {
                 self.gmem_truncate(inode, index, index + 1);
             }
@@ -91,6 +96,7 @@ impl World {
             if self.mutant(Mutant::AllocateZeroes) {
                 self.make_uptodate(pfn);
             }
+            index += self.gmem_block_rest(inode, index);
         }
         Ok(())
     }
@@ -110,6 +116,7 @@ impl World {
             let zapped = self.gmem_zap_bindings(inode, first, last, filter, ZapContext::Fallible);
             zapped.map_err(|stuck| stuck.errno)?;
         }
+        self.schedule_point(SchedulePoint::PunchUnmapped, &[Lock::Invalidate(inode)]);
         let (first, last) = self.gmem_punch_huge(inode, first, last.min(MAX_FILE_SIZE / PAGE_SIZE))?;
         self.gmem_truncate(inode, first, last);
         Ok(())

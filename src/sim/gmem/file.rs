@@ -5,12 +5,11 @@ use super::super::host::{Backing, Vma};
 use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mmu::{SlotKey, VmId, ZapFilter};
 use super::super::mutant::Mutant;
-use super::super::{RangeMap, World};
+use super::super::{ExtentMap, RangeMap, World};
 use super::huge::folio_order;
 use super::{Inode, InodeId};
 use crate::machine::{Errno, PAGE_SIZE, Protection};
 use crate::uapi::kvm::GUEST_MEMFD_FLAG_MMAP;
-use std::collections::BTreeMap;
 
 /// Identifies an open file in the model.
 pub type FileId = u64;
@@ -85,7 +84,7 @@ impl World {
                 size,
                 flags,
                 order,
-                pages: BTreeMap::new(),
+                pages: ExtentMap::default(),
                 converted: RangeMap::default(),
                 mapped_counts: RangeMap::default(),
                 modified_ns,
@@ -127,6 +126,7 @@ impl World {
         if !self.mutant(Mutant::CloseSkipsZap) {
             self.gmem_zap_void(inode, 0, u64::MAX);
         }
+        self.iommu_invalidate(inode, 0, u64::MAX);
         self.gmem.files.remove(&file);
         self.gmem_truncate(inode, 0, u64::MAX);
         self.gmem.inodes.remove(&inode);
@@ -148,6 +148,34 @@ impl World {
     pub fn gmem_zap_void(&mut self, inode: InodeId, first: u64, last: u64) {
         let done = self.gmem_zap_bindings(inode, first, last, self.punch_filter(inode), ZapContext::Void);
         debug_assert!(done.is_ok(), "{done:?}");
+    }
+
+    /// Makes faults on pages `first..last` of an inode wait, in every guest, and takes the pages away from devices that have no
+    /// pin; the answer is for [`World::gmem_invalidate_end`].
+    pub fn gmem_invalidate_begin(&mut self, inode: InodeId, first: u64, last: u64) -> Vec<(VmId, u64, u64)> {
+        let mut ranges = Vec::new();
+        for file in self.gmem.files.values().filter(|file| file.inode == inode) {
+            for binding in &file.bindings {
+                let (from, to) = (first.max(binding.pgoff), last.min(binding.pgoff.saturating_add(binding.pages)));
+                let slot = self.vms.get(&file.vm).and_then(|vm| vm.slots.get(binding.slot));
+                if let Some(slot) = slot.filter(|_| from < to) {
+                    let gfn = slot.base_gfn + (from - binding.pgoff);
+                    ranges.push((file.vm, gfn, gfn + (to - from)));
+                }
+            }
+        }
+        self.iommu_invalidate(inode, first, last);
+        for (vm, first, last) in &ranges {
+            self.invalidate_begin(*vm, *first, *last);
+        }
+        ranges
+    }
+
+    /// Ends what [`World::gmem_invalidate_begin`] began.
+    pub fn gmem_invalidate_end(&mut self, ranges: Vec<(VmId, u64, u64)>) {
+        for (vm, first, last) in ranges {
+            self.invalidate_end(vm, first, last);
+        }
     }
 
     /// Unmaps from every guest the pages `first..last` of an inode, by the bindings of its files.

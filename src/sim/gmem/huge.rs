@@ -5,10 +5,10 @@
 //! them in [`World::freeze_spins`], and gives up with EAGAIN.
 
 use super::super::World;
-use super::super::host::{Order, Pfn};
+use super::super::host::{Order, Pfn, Pool};
 use super::super::mutant::Mutant;
 use super::super::profile::{GMEM_FLAG_HUGETLB, GMEM_HUGE_SHIFT, Kernel};
-use super::InodeId;
+use super::{FolioGroup, InodeId};
 use crate::machine::{Errno, PAGE_SIZE};
 
 /// How often a count is looked at before it is believed.
@@ -40,6 +40,14 @@ impl World {
         self.gmem.inodes.get(&inode).map_or(Order::Base, |node| node.order)
     }
 
+    /// The pool of huge pages of an order. Every file has its whole size reserved from creation to close, as hugetlb does
+    /// it; the reservation is a number only, an allocation beyond it is not refused.
+    pub fn gmem_pool(&self, order: Order) -> Pool {
+        let missing = |node: &super::Inode| (node.size_pages() - node.pages.len()) / order.pages();
+        let files = self.gmem.inodes.values().filter(|node| node.order == order);
+        Pool { reserved: files.map(missing).sum(), ..self.host.allocator.pool(order) }
+    }
+
     fn is_block_private(&self, inode: InodeId, block: u64, order: Order) -> bool {
         self.gmem.inodes.get(&inode).is_some_and(|node| node.all_private(block, block + order.pages(), true))
     }
@@ -47,8 +55,8 @@ impl World {
     /// First page indices of the blocks that have a page in `first..last`.
     fn blocks(&self, inode: InodeId, first: u64, last: u64) -> Vec<u64> {
         let order = self.order_of(inode);
-        let mut blocks: Vec<u64> =
-            self.gmem_folios(inode, first, last).iter().map(|(index, _)| order.align_down(*index)).collect();
+        let groups = self.gmem_groups(inode, first, last);
+        let mut blocks: Vec<u64> = groups.iter().map(|group| order.align_down(group.index)).collect();
         blocks.dedup();
         blocks
     }
@@ -62,21 +70,17 @@ impl World {
         let block = order.align_down(index);
         self.host.frames.set_mapping(pfn, Some((inode, block)));
         if let Some(node) = self.gmem.inodes.get_mut(&inode) {
-            node.pages.insert(block, pfn);
+            node.pages.insert(block, order.pages(), pfn, ());
         }
         if !self.is_block_private(inode, block, order) {
-            self.split_folio(inode, block, pfn, order);
+            self.split_folio(pfn, order);
         }
         pfn + (index - block)
     }
 
-    fn split_folio(&mut self, inode: InodeId, block: u64, pfn: Pfn, order: Order) {
+    fn split_folio(&mut self, pfn: Pfn, order: Order) {
         self.host.frames.split(pfn);
         self.host.allocator.note_split(pfn, order);
-        if let Some(node) = self.gmem.inodes.get_mut(&inode) {
-            node.pages.remove(&block);
-            node.pages.extend((0..order.pages()).map(|i| (block + i, pfn + i)));
-        }
     }
 
     /// Waits for unexpected references to go; the answer is whether only `expected` are left.
@@ -99,14 +103,14 @@ impl World {
         if order == Order::Base {
             return Ok(());
         }
-        for (index, pfn) in self.gmem_folios(inode, first, last) {
-            if self.host.frames.extent(pfn).1 == 1 {
+        for FolioGroup { index, pfn, pages, quiet } in self.gmem_groups(inode, first, last) {
+            if quiet || pages == 1 {
                 continue;
             }
             if !self.freeze(pfn, order.pages() as u32) {
                 return Err(index.max(first));
             }
-            self.split_folio(inode, index, pfn, order);
+            self.split_folio(pfn, order);
         }
         Ok(())
     }
@@ -128,11 +132,10 @@ impl World {
 
     fn merge_blocks(&mut self, inode: InodeId, blocks: &[u64], order: Order) -> Result<(), u64> {
         let pages = order.pages();
-        let split: Vec<u64> =
-            blocks.iter().copied().filter(|block| self.gmem_folios(inode, *block, block + pages).len() > 1).collect();
+        let split: Vec<u64> = blocks.iter().copied().filter(|block| self.is_split(inode, *block, order)).collect();
         for block in &split {
-            for (index, pfn) in self.gmem_folios(inode, *block, block + pages) {
-                if !self.freeze(pfn, 1) && !self.mutant(Mutant::MergeDespiteReferences) {
+            for FolioGroup { index, pfn, quiet, .. } in self.gmem_groups(inode, *block, block + pages) {
+                if !quiet && !self.freeze(pfn, 1) && !self.mutant(Mutant::MergeDespiteReferences) {
                     return Err(index);
                 }
             }
@@ -142,14 +145,14 @@ impl World {
             self.host.frames.merge(pfn, order);
             self.host.frames.set_mapping(pfn, Some((inode, block)));
             self.host.allocator.note_merge(pfn);
-            if let Some(node) = self.gmem.inodes.get_mut(&inode) {
-                let tail: Vec<u64> = node.pages.range(block + 1..block + pages).map(|(index, _)| *index).collect();
-                for index in tail {
-                    node.pages.remove(&index);
-                }
-            }
         }
         Ok(())
+    }
+
+    /// Whether a block of the file is there as base pages.
+    fn is_split(&self, inode: InodeId, block: u64, order: Order) -> bool {
+        let pfn = self.gmem_lookup(inode, block);
+        pfn.is_some_and(|pfn| self.host.frames.extent(pfn).1 < order.pages())
     }
 
     /// Makes a range ready to be punched: blocks that go as a whole are merged, parts of blocks are zeroed and stay. The

@@ -4,6 +4,7 @@ use crate::machine::{
     Errno, Exit, GuestMemfd, GuestOp, HoldKind, Machine, MemoryRegion, PAGE_SIZE, Protection, Vcpu, Vm, VmConfig,
 };
 use crate::sim::SimMachine;
+use crate::sim::host::Order;
 use crate::sim::profile::{GMEM_FLAG_HUGETLB, GMEM_HUGE_SHIFT};
 use crate::sim::tdx_module::fault::{FaultRule, When};
 use crate::sim::tdx_module::{AnyLeaf, Code, Leaf, Operand, Status};
@@ -165,4 +166,59 @@ fn a_closed_file_gives_its_huge_pages_back_when_the_last_pin_goes() {
     assert_eq!(free(), 0, "one page is missing");
     drop(pin);
     assert_eq!(free(), 1, "one huge page");
+}
+
+/// Write-backs counted, and whether the VM lives, after one mapped huge page was punched.
+fn write_backs(prepare: impl FnOnce(&mut crate::sim::tdx_module::Module)) -> (u64, bool) {
+    let mut huge = huge("sim:tdx,kernel=huge", MIB2, MMAP_2M);
+    huge.fill(0, MIB2, 7);
+    huge.machine.with_world(|world| prepare(&mut world.tdx_host().module));
+    let wbinvd = AnyLeaf::Seamcall(Leaf::PhymemPageWbinvd);
+    let count = || huge.machine.with_world(|world| world.tdx_host().module.trace().count(wbinvd).calls);
+    let before = count();
+    huge.file.punch_hole(0, MIB2).unwrap();
+    assert_eq!(huge.machine.with_world(|world| world.tdx_host().module.check()), vec![]);
+    (count() - before, huge.vm.capability(10).is_ok())
+}
+
+#[test]
+fn a_huge_page_is_written_back_by_512_calls_whether_or_not_they_are_made_one_by_one() {
+    assert_eq!(write_backs(|_| {}), (512, true), "in one step");
+    assert_eq!(write_backs(|module| module.trace_mut().set_capacity(4)), (512, true), "each on record");
+    let rule = |when| {
+        let leaf = AnyLeaf::Seamcall(Leaf::PhymemPageWbinvd);
+        FaultRule::new(leaf, Status::on(Code::OperandInvalid, Operand::RCX)).when(when)
+    };
+    assert_eq!(write_backs(|module| module.faults_mut().add(rule(When::Nth(3)))), (3, false), "the third fails");
+    assert_eq!(write_backs(|module| module.faults_mut().add(rule(When::Nth(513)))), (512, true), "none of them fails");
+}
+
+#[test]
+fn a_guest_of_2m_folios_costs_by_the_block_split_or_not() {
+    let blocks = 1024;
+    let size = blocks * MIB2;
+    let mut huge = huge("sim:tdx,kernel=huge", size, MMAP_2M);
+    let accept = GuestOp::Accept { gpa: GPA, len: size, level: 1 };
+    assert_eq!(huge.vcpu.execute(accept), Exit::Done(0));
+    assert_eq!(huge.leaves(), (blocks, 0));
+    let cost = |huge: &Huge| {
+        huge.machine.with_world(|world| {
+            let runs = world.gmem.inodes.values().map(|node| node.pages.runs()).sum::<usize>();
+            (world.host.frames.resident_bytes() / blocks, runs)
+        })
+    };
+    let (mapped, runs) = cost(&huge);
+    assert!(mapped < 256 && runs == 1, "{mapped} bytes a block, {runs} runs");
+    huge.file.convert(0, size, 0).unwrap();
+    let (split, runs) = cost(&huge);
+    assert!(split < 256 && runs == 1, "{split} bytes a split block, {runs} runs");
+    let account = huge.machine.page_account(&*huge.file, size - PAGE_SIZE).unwrap().unwrap();
+    assert_eq!((account.refs, account.map_count), (1, 0), "the last page is a folio of its own");
+    huge.file.convert(0, size, PRIVATE).unwrap();
+    assert_eq!(huge.vcpu.execute(accept), Exit::Done(0));
+    assert_eq!(huge.leaves(), (blocks, 0), "mapped huge again");
+    huge.file.convert(0, size, 0).unwrap();
+    let Huge { vcpu, file, vm, machine } = huge;
+    drop((file, vcpu, vm));
+    assert_eq!(machine.with_world(|world| world.gmem_pool(Order::Pmd).split), 0, "closed while split: nothing is lost");
 }

@@ -23,6 +23,7 @@ impl World {
             self.host.frames.set_flags(head, Flags::HWPOISON);
         }
         self.poison_host_entries(inode, first, first + pages);
+        self.iommu_invalidate(inode, first, first + pages);
         self.gmem_zap_void(inode, first, first + pages);
         Err(Errno::EBUSY)
     }

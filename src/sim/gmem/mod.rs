@@ -9,6 +9,8 @@ pub mod convert;
 pub mod fallocate;
 pub mod fault;
 pub mod file;
+#[cfg(test)]
+mod holder_tests;
 pub mod huge;
 #[cfg(test)]
 mod huge_tests;
@@ -18,7 +20,7 @@ pub mod memory_failure;
 mod tests;
 
 pub use file::{Binding, File, FileId};
-pub use inode::{Inode, InodeId};
+pub use inode::{FolioGroup, Inode, InodeId};
 
 use std::collections::BTreeMap;
 

@@ -55,6 +55,19 @@ impl Default for Regions {
     }
 }
 
+/// A pool of huge pages, in folios.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// All of them (HugePages_Total).
+    pub total: u64,
+    /// Those that nobody has (HugePages_Free).
+    pub free: u64,
+    /// Those of the free ones that files will need to be full (HugePages_Rsvd).
+    pub reserved: u64,
+    /// Those in use as base pages.
+    pub split: u64,
+}
+
 /// Free frames of every order. Orders above base are a pool in the manner of hugetlb: frames of a split folio come back
 /// one by one and stay base pages until they are merged.
 #[derive(Debug)]
@@ -129,12 +142,19 @@ impl Allocator {
 
     /// Takes a folio's frames back.
     pub fn give_back(&mut self, pfn: Pfn, order: Order) {
+        if order == Order::Base {
+            return self.give_back_pages(pfn, 1);
+        }
+        self.free[order.slot()].push(pfn);
+    }
+
+    /// Takes back base pages that lie side by side in one block of 2M.
+    pub fn give_back_pages(&mut self, pfn: Pfn, pages: u64) {
         let heads = [Order::Pmd, Order::Pud].map(|huge| huge.align_down(pfn));
-        if order == Order::Base
-            && let Some(head) = heads.into_iter().find(|head| self.split.contains_key(head))
+        if let Some(head) = heads.into_iter().find(|head| self.split.contains_key(head))
             && let Some((huge, back)) = self.split.get_mut(&head)
         {
-            *back += 1;
+            *back += pages;
             if *back < huge.pages() {
                 return;
             }
@@ -142,12 +162,22 @@ impl Allocator {
             self.split.remove(&head);
             return self.free[huge.slot()].push(head);
         }
-        self.free[order.slot()].push(pfn);
+        self.free[Order::Base.slot()].extend(pfn..pfn + pages);
     }
 
     /// Takes frames out of circulation for good.
     pub fn retire(&mut self, _pfn: Pfn, order: Order) {
         self.retired += order.pages();
+    }
+
+    /// The pool of an order, nothing reserved.
+    pub fn pool(&self, order: Order) -> Pool {
+        let slot = order.slot();
+        let room = (self.regions.limit[slot] - self.regions.first[slot]) / order.pages();
+        let total = self.pool_limit.map_or(room, |limit| limit.min(room));
+        let never_used = total.saturating_sub((self.next[slot] - self.regions.first[slot]) / order.pages());
+        let split = self.split.values().filter(|(huge, _)| *huge == order).count() as u64;
+        Pool { total, free: never_used + self.free[slot].len() as u64, reserved: 0, split }
     }
 
     /// Frames out of circulation, in pages.

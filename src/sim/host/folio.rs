@@ -1,5 +1,6 @@
 //! Folios: reference counts, flags, and the holders that explain every reference.
 
+use super::frame_table::FrameTable;
 use super::{Order, Pfn};
 use std::collections::HashMap;
 
@@ -103,55 +104,116 @@ pub struct Folio {
     pub flags: Flags,
     /// Inode number and page index, while the page cache has it.
     pub mapping: Option<(u64, u64)>,
-    holders: Vec<(Holder, u32)>,
+    pub(super) holders: Vec<(Holder, u32)>,
+}
+
+impl Folio {
+    /// A folio that `holder` holds `refs` times.
+    pub(super) fn held(order: Order, holder: Holder, refs: u32) -> Folio {
+        Folio { order, refs, mapcount: 0, flags: Flags::default(), mapping: None, holders: vec![(holder, refs)] }
+    }
+
+    /// Who holds it, and with how many references each.
+    pub fn holders(&self) -> &[(Holder, u32)] {
+        &self.holders
+    }
+
+    fn get(&mut self, holder: Holder, n: u32) {
+        self.refs += n;
+        match self.holders.iter_mut().find(|(who, _)| *who == holder) {
+            Some((_, count)) => *count += n,
+            None => self.holders.push((holder, n)),
+        }
+    }
+
+    fn put(&mut self, head: Pfn, holder: Holder, n: u32) {
+        let left = self.refs.checked_sub(n);
+        self.refs = left.unwrap_or_else(|| panic!("model: {head:#x} loses {n} references it has not"));
+        if let Some(at) = self.holders.iter().position(|(who, _)| *who == holder) {
+            self.holders[at].1 = self.holders[at].1.saturating_sub(n);
+            if self.holders[at].1 == 0 {
+                self.holders.swap_remove(at);
+            }
+        }
+    }
+}
+
+/// A look at a folio.
+#[derive(Clone, Copy, Debug)]
+pub struct FolioRef<'a> {
+    /// Its size.
+    pub order: Order,
+    /// `_refcount`.
+    pub refs: u32,
+    /// How many host page-table entries map it.
+    pub mapcount: u32,
+    /// Page flags.
+    pub flags: Flags,
+    /// Inode number and page index, while the page cache has it.
+    pub mapping: Option<(u64, u64)>,
+    /// Who holds it, and with how many references each.
+    pub holders: &'a [(Holder, u32)],
+}
+
+impl<'a> From<&'a Folio> for FolioRef<'a> {
+    fn from(folio: &'a Folio) -> FolioRef<'a> {
+        let Folio { order, refs, mapcount, flags, mapping, ref holders } = *folio;
+        FolioRef { order, refs, mapcount, flags, mapping, holders }
+    }
 }
 
 /// Every folio that somebody holds.
 #[derive(Debug, Default)]
 pub struct Frames {
-    folios: HashMap<Pfn, Folio>,
+    table: FrameTable,
     touched: Vec<Pfn>,
     speculative: HashMap<u64, (Pfn, u32)>,
-    pages: u64,
 }
 
 impl Frames {
+    fn touch(&mut self, head: Pfn) {
+        if self.touched.last() != Some(&head) {
+            self.touched.push(head);
+        }
+    }
+
     /// A new folio with one reference a base page for the page cache, one in all for anybody else.
     pub fn insert(&mut self, pfn: Pfn, order: Order, holder: Holder) {
         let refs = if holder == Holder::PageCache { order.pages() as u32 } else { 1 };
-        let holders = vec![(holder, refs)];
-        self.folios.insert(pfn, Folio { order, refs, mapcount: 0, flags: Flags::default(), mapping: None, holders });
-        self.pages += order.pages();
-        self.touched.push(pfn);
+        self.table.insert(pfn, Folio::held(order, holder, refs));
+        self.touch(pfn);
     }
 
     /// First frame of the folio that a frame belongs to. Frames of no folio are their own head.
     pub fn head_of(&self, pfn: Pfn) -> Pfn {
-        if self.folios.contains_key(&pfn) {
-            return pfn;
-        }
-        [Order::Pmd, Order::Pud]
-            .into_iter()
-            .map(|order| (order.align_down(pfn), order))
-            .find(|(head, order)| self.folios.get(head).is_some_and(|folio| folio.order == *order))
-            .map_or(pfn, |(head, _)| head)
+        self.table.order_at(pfn).align_down(pfn)
     }
 
     /// The folio that a frame belongs to.
-    pub fn folio(&self, pfn: Pfn) -> Option<&Folio> {
-        self.folios.get(&self.head_of(pfn))
+    pub fn folio(&self, pfn: Pfn) -> Option<FolioRef<'_>> {
+        self.table.folio(pfn)
     }
 
-    fn folio_mut(&mut self, pfn: Pfn) -> &mut Folio {
-        let head = self.head_of(pfn);
-        self.touched.push(head);
-        self.folios.get_mut(&head).unwrap_or_else(|| panic!("model: frame {pfn:#x} is used but nobody holds it"))
+    fn edit<R>(&mut self, pfn: Pfn, change: impl FnOnce(&mut Folio) -> R) -> R {
+        self.touch(self.head_of(pfn));
+        self.table.edit(pfn, change).unwrap_or_else(|| panic!("model: frame {pfn:#x} is used but nobody holds it"))
     }
 
     /// First frame and number of pages of the folio that a frame belongs to.
     pub fn extent(&self, pfn: Pfn) -> (Pfn, u64) {
-        let head = self.head_of(pfn);
-        (head, self.folios.get(&head).map_or(1, |folio| folio.order.pages()))
+        let order = self.table.order_at(pfn);
+        (order.align_down(pfn), order.pages())
+    }
+
+    /// How many frames from `pfn` on, up to `limit`, are base pages that the page cache and nobody else holds, and
+    /// that are not poisoned; they are of one 2M block at most.
+    pub fn quiet_run(&self, pfn: Pfn, limit: u64) -> u64 {
+        self.table.quiet_run(pfn, limit)
+    }
+
+    /// Takes out base pages of which [`Frames::quiet_run`] has said that only the page cache holds them.
+    pub fn drop_quiet_run(&mut self, pfn: Pfn, pages: u64) {
+        self.table.drop_quiet_run(pfn, pages);
     }
 
     /// `_refcount`; 0 for a free frame.
@@ -171,7 +233,7 @@ impl Frames {
 
     /// Who holds the folio, and with how many references each.
     pub fn holders(&self, pfn: Pfn) -> &[(Holder, u32)] {
-        self.folio(pfn).map_or(&[], |folio| &folio.holders)
+        self.folio(pfn).map_or(&[], |folio| folio.holders)
     }
 
     /// References of one holder.
@@ -181,59 +243,47 @@ impl Frames {
 
     /// Takes `n` references.
     pub fn get(&mut self, pfn: Pfn, holder: Holder, n: u32) {
-        let folio = self.folio_mut(pfn);
-        folio.refs += n;
-        match folio.holders.iter_mut().find(|(who, _)| *who == holder) {
-            Some((_, count)) => *count += n,
-            None => folio.holders.push((holder, n)),
-        }
+        self.edit(pfn, |folio| folio.get(holder, n));
     }
 
     /// Drops `n` references; with the last one the folio is taken out and returned with its first frame.
     pub fn put(&mut self, pfn: Pfn, holder: Holder, n: u32) -> Option<(Pfn, Folio)> {
         let head = self.head_of(pfn);
-        let folio = self.folio_mut(pfn);
-        folio.refs =
-            folio.refs.checked_sub(n).unwrap_or_else(|| panic!("model: {head:#x} loses {n} references it has not"));
-        if let Some(at) = folio.holders.iter().position(|(who, _)| *who == holder) {
-            folio.holders[at].1 = folio.holders[at].1.saturating_sub(n);
-            if folio.holders[at].1 == 0 {
-                folio.holders.swap_remove(at);
-            }
-        }
-        if folio.refs > 0 {
+        let left = self.edit(pfn, |folio| {
+            folio.put(head, holder, n);
+            folio.refs
+        });
+        if left > 0 {
             return None;
         }
-        let folio = self.folios.remove(&head)?;
-        self.pages -= folio.order.pages();
-        Some((head, folio))
+        self.table.remove(head).map(|folio| (head, folio))
     }
 
     /// Changes the count without a holder: what a defect does.
     pub fn corrupt(&mut self, pfn: Pfn, delta: i32) {
-        let folio = self.folio_mut(pfn);
-        folio.refs = folio.refs.saturating_add_signed(delta);
+        self.edit(pfn, |folio| folio.refs = folio.refs.saturating_add_signed(delta));
     }
 
     /// Sets flags.
     pub fn set_flags(&mut self, pfn: Pfn, flags: Flags) {
-        self.folio_mut(pfn).flags.0 |= flags.0;
+        if !self.flags(pfn).contains(flags) {
+            self.edit(pfn, |folio| folio.flags.0 |= flags.0);
+        }
     }
 
     /// Clears flags.
     pub fn clear_flags(&mut self, pfn: Pfn, flags: Flags) {
-        self.folio_mut(pfn).flags.0 &= !flags.0;
+        self.edit(pfn, |folio| folio.flags.0 &= !flags.0);
     }
 
     /// Adds to the number of host page-table entries.
     pub fn add_mapcount(&mut self, pfn: Pfn, delta: i32) {
-        let folio = self.folio_mut(pfn);
-        folio.mapcount = folio.mapcount.saturating_add_signed(delta);
+        self.edit(pfn, |folio| folio.mapcount = folio.mapcount.saturating_add_signed(delta));
     }
 
     /// Says which file and index the folio is cached at.
     pub fn set_mapping(&mut self, pfn: Pfn, mapping: Option<(u64, u64)>) {
-        self.folio_mut(pfn).mapping = mapping;
+        self.edit(pfn, |folio| folio.mapping = mapping);
     }
 
     /// Takes a reference that [`Frames::look`] drops by itself after `looks` looks.
@@ -247,68 +297,43 @@ impl Frames {
     pub fn look(&mut self, pfn: Pfn) -> (u32, Vec<Holder>) {
         let head = self.head_of(pfn);
         let mut over = Vec::new();
-        self.speculative.retain(|id, (at, looks)| {
-            if *at == head {
-                *looks = looks.saturating_sub(1);
-                if *looks == 0 {
-                    over.push(Holder::Speculative(*id));
+        if !self.speculative.is_empty() {
+            self.speculative.retain(|id, (at, looks)| {
+                if *at == head {
+                    *looks = looks.saturating_sub(1);
+                    if *looks == 0 {
+                        over.push(Holder::Speculative(*id));
+                    }
                 }
-            }
-            *looks > 0
-        });
+                *looks > 0
+            });
+            over.sort_unstable();
+        }
         (self.refs(head), over)
     }
 
     /// Replaces one folio by folios of base pages: references of the page cache are one a page already; every other
     /// holder's go to the first page, which is what makes a reference on a huge folio impossible to attribute.
     pub fn split(&mut self, head: Pfn) {
-        let Some(folio) = self.folios.remove(&head) else { return };
-        let pages = folio.order.pages();
-        for i in 0..pages {
-            let mut small = Folio {
-                order: Order::Base,
-                refs: 1,
-                mapcount: 0,
-                flags: folio.flags,
-                mapping: folio.mapping.map(|(inode, index)| (inode, index + i)),
-                holders: vec![(Holder::PageCache, 1)],
-            };
-            if i == 0 {
-                small.holders.extend(folio.holders.iter().filter(|(who, _)| *who != Holder::PageCache));
-                small.refs = small.holders.iter().map(|(_, n)| n).sum();
-                small.mapcount = folio.mapcount;
-            }
-            self.folios.insert(head + i, small);
-        }
-        self.touched.push(head);
+        self.table.split(head);
+        self.touch(head);
     }
 
-    /// Replaces base pages by one folio; only the page cache may hold them.
+    /// Replaces base pages by one folio; only the page cache may hold them. Every flag that all of them have stays, and
+    /// dirty if one of them is.
     pub fn merge(&mut self, head: Pfn, order: Order) {
-        let first = self.folios.get(&head).cloned();
-        let mut flags = Flags(!0);
-        let mut dirty = 0;
-        for i in 0..order.pages() {
-            if let Some(folio) = self.folios.remove(&(head + i)) {
-                flags.0 &= folio.flags.0;
-                dirty |= folio.flags.0 & Flags::DIRTY.0;
-            }
-        }
-        let refs = order.pages() as u32;
-        let holders = vec![(Holder::PageCache, refs)];
-        let mapping = first.and_then(|folio| folio.mapping);
-        self.folios.insert(head, Folio { order, refs, mapcount: 0, flags: Flags(flags.0 | dirty), mapping, holders });
-        self.touched.push(head);
+        self.table.merge(head, order);
+        self.touch(head);
     }
 
     /// Pages that somebody holds.
     pub fn pages(&self) -> u64 {
-        self.pages
+        self.table.pages()
     }
 
-    /// Every folio with its first frame.
-    pub fn iter(&self) -> impl Iterator<Item = (Pfn, &Folio)> {
-        self.folios.iter().map(|(pfn, folio)| (*pfn, folio))
+    /// Bytes of this process that the books on the frames take, without the allocator's own.
+    pub fn resident_bytes(&self) -> u64 {
+        self.table.resident_bytes()
     }
 
     /// Checks the folios touched since the last check: the count is the sum of the holders'.
@@ -317,7 +342,7 @@ impl Frames {
     /// The first folio whose count nobody can explain, in words.
     pub fn check_touched(&mut self) -> Result<(), String> {
         for pfn in std::mem::take(&mut self.touched) {
-            if let Some(folio) = self.folios.get(&pfn) {
+            if let Some(folio) = self.folio(pfn) {
                 let sum: u32 = folio.holders.iter().map(|(_, n)| n).sum();
                 if sum != folio.refs || folio.refs == 0 {
                     return Err(format!("frame {pfn:#x}: {} references, holders {:?}", folio.refs, folio.holders));

@@ -2,7 +2,7 @@
 //!
 //! [`folio`] has the page frames and who holds them, [`allocator`] hands frames out and takes them back (last in, first
 //! out, because reuse of a frame is what a failed unmap makes dangerous), [`content`] has the bytes, [`lru`] the per-CPU
-//! batches that hide a reference, [`vma`] and [`mm`] the address space of the host process, `access` and `advice` its page
+//! batches that hide a reference, [`iommu`] the page tables of devices, [`vma`] and [`mm`] the address space of the host process, `access` and `advice` its page
 //! faults and system calls. [`HostState`] is all of it.
 
 mod access;
@@ -10,15 +10,18 @@ mod advice;
 pub mod allocator;
 pub mod content;
 pub mod folio;
+mod frame_table;
+pub mod iommu;
 pub mod lru;
 pub mod mm;
 pub mod phys;
 pub mod vma;
 
 pub use access::Locking;
-pub use allocator::{Allocator, Order};
+pub use allocator::{Allocator, Order, Pool};
 pub use content::Contents;
-pub use folio::{Flags, Folio, Frames, Holder};
+pub use folio::{Flags, Folio, FolioRef, Frames, Holder};
+pub use iommu::Iommu;
 pub use lru::{Cpu, LruBatches};
 pub use mm::{AccessError, AddressSpace};
 pub use phys::Poisoned;
@@ -40,6 +43,8 @@ pub struct HostState {
     pub allocator: Allocator,
     /// References that the LRU batches hold.
     pub lru: LruBatches,
+    /// Page tables of devices.
+    pub iommu: Iommu,
     /// Address space of the host process.
     pub mm: AddressSpace,
 }
@@ -60,6 +65,12 @@ impl HostState {
         if let Some((head, folio)) = self.frames.put(pfn, holder, n) {
             self.release(head, &folio);
         }
+    }
+
+    /// Drops the page cache's reference, the only one, to each of `pages` base pages from `pfn` on.
+    pub fn drop_quiet_run(&mut self, pfn: Pfn, pages: u64) {
+        self.frames.drop_quiet_run(pfn, pages);
+        self.allocator.give_back_pages(pfn, pages);
     }
 
     fn release(&mut self, head: Pfn, folio: &Folio) {

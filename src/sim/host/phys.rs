@@ -3,7 +3,6 @@
 use super::super::World;
 use super::super::tdx_module::Module;
 use super::super::tdx_module::memory::{LINE_SIZE, LineTag};
-use super::super::tdx_module::pamt::PageType;
 use super::{Holder, Order, Pfn};
 use crate::machine::{Errno, PAGE_SIZE};
 
@@ -156,8 +155,7 @@ impl World {
     pub fn is_owned_by_module(&self, pfn: Pfn) -> bool {
         let Some(tdx) = &self.tdx else { return false };
         let (head, pages) = self.host.frames.extent(pfn);
-        let owned = |page: Pfn| tdx.module.page(page * PAGE_SIZE).is_some_and(|info| info.ty != PageType::Nda);
-        (head..head + pages).any(owned)
+        !tdx.module.pamt().all_free(head * PAGE_SIZE, pages * PAGE_SIZE)
     }
 
     /// Free frames that the TDX module still owns: what the next owner of them will not like.

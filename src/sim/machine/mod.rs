@@ -79,7 +79,10 @@ impl SimMachine {
         }
         let profile = Profile::from_spec(spec)?;
         let world = match spec.vm_type {
-            VmType::Tdx => World::with_tdx(profile.clone(), 4, 4, 8),
+            VmType::Tdx => match profile.memory_gib {
+                None => World::with_tdx(profile.clone(), 4, 4, 8),
+                Some(gib) => World::with_tdx(profile.clone(), 4 + gib, gib, gib),
+            },
             VmType::Default | VmType::SwProtected => World::new(profile.clone()),
         };
         let world = Mutex::new(world);

@@ -2,6 +2,7 @@
 
 use super::super::World;
 use super::super::mutant::Mutant;
+use super::super::schedule::{Lock, SchedulePoint};
 use super::tdx::UnmapError;
 use super::tdx::unmap::ZapContext;
 use super::{VmId, ZapFilter};
@@ -32,13 +33,21 @@ impl World {
         if !address.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) {
             return Err(Errno::EINVAL);
         }
-        let (first, mut last) = (address / PAGE_SIZE, (address + size) / PAGE_SIZE);
+        let (first, last) = (address / PAGE_SIZE, (address + size) / PAGE_SIZE);
         if self.vms[&vm].attributes.all(first, last, attributes) {
             return Ok(());
         }
+        self.invalidate_begin(vm, first, last);
+        let stored = self.unmap_and_store(vm, first, last, attributes);
+        self.invalidate_end(vm, first, last);
+        stored
+    }
+
+    fn unmap_and_store(&mut self, vm: VmId, first: u64, mut last: u64, attributes: u64) -> Result<(), Errno> {
         if !self.mutant(Mutant::AttributesSkipZap) {
             self.zap_for_attributes(vm, first, last, attributes).map_err(|error| error.errno)?;
         }
+        self.schedule_point(SchedulePoint::ConversionUnmapped, &[Lock::Slots(vm)]);
         if self.mutant(Mutant::AttributesPunch) {
             self.punch_gfns(vm, first, last);
         }
@@ -47,7 +56,6 @@ impl World {
         }
         if let Some(state) = self.vms.get_mut(&vm) {
             state.attributes.set(first, last, attributes);
-            state.invalidate_seq += 1;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use super::super::World;
 use super::super::gmem::fault::Access;
 use super::super::host::{Cpu, Flags, Order};
 use super::super::mutant::Mutant;
+use super::super::schedule::{Lock, RaceDefect, SchedulePoint};
 use super::{Slot, Spte, VmId};
 use crate::machine::{Errno, Exit, PAGE_SIZE, VmType};
 use crate::uapi::kvm::{KVM_MEM_READONLY, KVM_MEMORY_ATTRIBUTE_PRIVATE};
@@ -88,6 +89,7 @@ impl World {
             return Err(Fault::Retry);
         }
         let slot = slot.clone();
+        let seq = state.invalidate_seq;
         let uses_gmem = (private && !self.mutant(Mutant::PrivateUsesSharedSide)) || slot.gmem_only;
         let (first, spte) = if uses_gmem {
             if !slot.has_gmem() {
@@ -101,7 +103,10 @@ impl World {
         } else {
             self.shared_side(vm, &slot, gfn, access)?
         };
-        if spte.writable {
+        if self.scheduler.is_active() && self.interrupted_lookup(vm, gfn, seq) {
+            return Err(Fault::Retry);
+        }
+        if spte.writable && self.host.frames.folio(spte.pfn).is_some() {
             self.host.frames.set_flags(spte.pfn, Flags::DIRTY);
         }
         if self.mutant(Mutant::SpteTakesReference) {
@@ -115,6 +120,25 @@ impl World {
         state.direct.zap(first, first + spte.order.pages());
         state.direct.set(first, spte);
         Ok((first, spte))
+    }
+
+    /// Lets others run between the lookup of a fault and its install; the answer is whether the fault is stale
+    /// (is_page_fault_stale), or cannot have the MMU lock.
+    fn interrupted_lookup(&mut self, vm: VmId, gfn: u64, seq: u64) -> bool {
+        self.schedule_point(SchedulePoint::FaultLookedUp, &[]);
+        if self.unrest_at_lookup()
+            && let Some(state) = self.vms.get_mut(&vm)
+        {
+            state.invalidate_seq += 1;
+        }
+        if self.scheduler.holds(Lock::Mmu(vm)) {
+            return true;
+        }
+        let stale = self.vms.get(&vm).is_none_or(|state| {
+            let inside = |(first, last): &(u64, u64)| (*first..*last).contains(&gfn);
+            state.invalidate_seq != seq || state.invalidations.iter().any(inside)
+        });
+        stale && self.scheduler.defect != Some(RaceDefect::FaultIgnoresInvalidation)
     }
 
     /// Resolves a gfn through `userspace_addr`: GUP in the host process.
@@ -155,8 +179,8 @@ impl World {
             let (block, size) = (order.align_down(gfn), order.pages());
             let inside = block >= slot.base_gfn && block + size <= slot.end_gfn();
             let alike = slot.pgoff % size == slot.base_gfn % size;
-            let free = !is_td
-                || (state.mirror.in_range(block, block + size).is_empty() && !state.huge_inhibited.contains(&block));
+            let free =
+                !is_td || (!state.mirror.maps_any(block, block + size) && !state.huge_inhibited.contains(&block));
             size <= pages && inside && alike && free && !self.is_mixed(vm, block, block + size)
         };
         let largest: &[Order] = if is_td { &[Order::Pmd] } else { &[Order::Pud, Order::Pmd] };

@@ -53,6 +53,8 @@ pub struct Vm {
     pub huge_inhibited: BTreeSet<u64>,
     /// mmu_invalidate_seq.
     pub invalidate_seq: u64,
+    /// Ranges of gfns that are being invalidated (mmu_invalidate_in_progress).
+    pub invalidations: Vec<(u64, u64)>,
     /// vm_bugged: KVM_BUG_ON fired.
     pub bugged: bool,
     /// vm_dead: every ioctl fails with EIO.
@@ -81,6 +83,7 @@ impl Vm {
             td: None,
             huge_inhibited: BTreeSet::new(),
             invalidate_seq: 0,
+            invalidations: Vec::new(),
             bugged: false,
             dead: false,
             exit_hypercalls: 0,

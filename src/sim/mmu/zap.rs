@@ -52,6 +52,22 @@ impl World {
         if filter.private() && has_mirror { self.tdx_zap_private(vm, first, last, context) } else { Ok(()) }
     }
 
+    /// kvm_mmu_invalidate_begin: faults on `first..last` are tried again until [`World::invalidate_end`].
+    pub fn invalidate_begin(&mut self, vm: VmId, first: u64, last: u64) {
+        if let Some(state) = self.vms.get_mut(&vm) {
+            state.invalidations.push((first, last));
+        }
+    }
+
+    /// kvm_mmu_invalidate_end: faults that began before are tried again.
+    pub fn invalidate_end(&mut self, vm: VmId, first: u64, last: u64) {
+        let Some(state) = self.vms.get_mut(&vm) else { return };
+        if let Some(at) = state.invalidations.iter().position(|range| *range == (first, last)) {
+            state.invalidations.remove(at);
+        }
+        state.invalidate_seq += 1;
+    }
+
     /// [`World::zap_gfns`] where nobody can take an error: no policy returns one then.
     pub fn zap_gfns_void(&mut self, vm: VmId, first: u64, last: u64, filter: ZapFilter) {
         let done = self.zap_gfns(vm, first, last, filter, ZapContext::Void);

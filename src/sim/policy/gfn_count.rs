@@ -72,6 +72,10 @@ impl UnmapPolicy for GfnCount {
         }
     }
 
+    fn ignores_release(&self, world: &World, inode: InodeId, index: u64, pages: u64) -> bool {
+        world.gmem.inodes.get(&inode).is_none_or(|node| node.mapped_counts.all(index, index + pages, 0))
+    }
+
     fn still_in_use(&self, world: &mut World, inode: InodeId, first: u64, last: u64) -> Option<u64> {
         world.costs.counter_checks += world.gmem_cached_pages(inode, first, last);
         let node = world.gmem.inodes.get(&inode)?;

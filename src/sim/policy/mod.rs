@@ -145,8 +145,14 @@ pub trait UnmapPolicy: Sync {
     /// The error to report; the mapping stays then.
     fn failed(&self, world: &mut World, stuck: &Stuck) -> Result<(), UnmapError>;
 
-    /// guest_memfd is about to drop its references to the folio at a page index.
+    /// guest_memfd is about to drop its references to the folio at a page index. A policy that has something to do here says
+    /// so in [`UnmapPolicy::ignores_release`].
     fn before_release(&self, _world: &mut World, _inode: InodeId, _index: u64, _pfn: Pfn) {}
+
+    /// Whether [`UnmapPolicy::before_release`] does nothing for `pages` pages from `index` on.
+    fn ignores_release(&self, _world: &World, _inode: InodeId, _index: u64, _pages: u64) -> bool {
+        true
+    }
 
     /// First page index in a range, just unmapped for a conversion to shared, that is still in use for private memory.
     fn still_in_use(&self, _world: &mut World, _inode: InodeId, _first: u64, _last: u64) -> Option<u64> {
@@ -185,6 +191,11 @@ impl World {
     /// Tells the policy that a folio leaves its file.
     pub fn policy_before_release(&mut self, inode: InodeId, index: u64, pfn: Pfn) {
         self.policy().before_release(self, inode, index, pfn);
+    }
+
+    /// Whether the policy need not be told that pages leave their file.
+    pub fn policy_ignores_release(&self, inode: InodeId, index: u64, pages: u64) -> bool {
+        self.policy().ignores_release(self, inode, index, pages)
     }
 
     /// Asks the policy for a page that cannot become shared.

@@ -282,6 +282,45 @@ impl Pamt {
         self.region(pa).is_some_and(|region| region.used == 0 && region.rsvd == 0)
     }
 
+    /// Whether every page of `pa..pa+len` is free, at every size; addresses outside of every TDMR are.
+    pub fn all_free(&self, pa: u64, len: u64) -> bool {
+        let mut at = pa & !0xFFF;
+        while at < pa + len {
+            let small = |pa: u64| self.entry(0, pa).is_none_or(|entry| entry.ty() == PageType::Nda);
+            let large =
+                [2, 1].into_iter().any(|level| self.entry(level, at).is_some_and(|entry| entry.ty() == PageType::Reg));
+            if large {
+                return false;
+            }
+            let whole = at & 0x1F_FFFF == 0 && pa + len - at >= 0x20_0000;
+            let step = match self.region(at) {
+                Some(region) if region.used == 0 && region.rsvd == 0 => 0x20_0000 - (at & 0x1F_FFFF),
+                Some(_) if whole => return false,
+                _ if !small(at) => return false,
+                _ => 0x1000,
+            };
+            at += step;
+        }
+        true
+    }
+
+    /// Whether no page of the 2M range at `pa` can hold a structure of the module: none of its 4K pages is in use.
+    pub(crate) fn holds_no_small_page(&self, pa: u64) -> bool {
+        self.region(pa).is_none_or(|region| region.used == 0)
+    }
+
+    /// Whether every 4K page of the 2M range at `pa` is free with its lock and those above it open to a reader, nobody waiting.
+    pub(crate) fn is_open_and_free(&self, pa: u64) -> bool {
+        let open = |lock: LockWord| !lock.is_exclusive() && !lock.host_priority();
+        let upper =
+            |level: u8| self.entry(level, pa).is_some_and(|entry| entry.ty() == PageType::Nda && open(entry.lock()));
+        let small = self.region(pa).is_some_and(|region| {
+            let children = region.children.iter().flat_map(|children| children.iter());
+            region.used == 0 && region.rsvd == 0 && children.into_iter().all(|entry| open(entry.lock()))
+        });
+        upper(2) && upper(1) && small
+    }
+
     /// Turns a page of `level` into 512 pages of the level below, same type and owner, BEPOCH 0.
     pub(crate) fn demote(&mut self, level: u8, pa: u64) {
         let Some(large) = self.entry(level, pa) else { return };

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::call::{AnyLeaf, Outcome};
+use super::leaf::Leaf;
 use super::lp::LpId;
 use super::regs::Regs;
 
@@ -79,6 +80,17 @@ impl Trace {
     pub fn reset_counters(&mut self) {
         self.seamcalls = [LeafCount::default(); 64];
         self.tdcalls.clear();
+    }
+
+    /// Counts `calls` successful calls of a leaf in one; for a record that keeps none.
+    pub(crate) fn count_successes(&mut self, leaf: Leaf, calls: u64) {
+        self.seamcalls[leaf.number() as usize].calls += calls;
+        self.seq += calls;
+    }
+
+    /// Whether calls are kept.
+    pub(crate) fn keeps_calls(&self) -> bool {
+        self.capacity > 0
     }
 
     #[inline]

@@ -5,7 +5,7 @@ use crate::sim::World;
 use crate::sim::host::{Holder, Pfn};
 use crate::sim::mmu::VmId;
 use crate::sim::mutant::Mutant;
-use crate::sim::tdx_module::{Code, Leaf, Reg};
+use crate::sim::tdx_module::{Code, Leaf, Reg, Released};
 
 /// How often CACHE.WB is resumed at most.
 const CACHE_WB_TRIES: u32 = 10_000;
@@ -90,8 +90,13 @@ impl World {
     pub(super) fn kick_vcpus(&mut self, vm: VmId) {
         let Some(td) = self.vms.get(&vm).and_then(|state| state.td.as_ref()) else { return };
         let running: Vec<_> = td.vcpus.values().map(|vcpu| (vcpu.lp, vcpu.tdvpr * PAGE_SIZE)).collect();
-        let module = &mut self.tdx_host().module;
         for (lp, tdvpr) in running {
+            if self.kick_waits_for_tdcall(lp)
+                && let Ok(Released::Guest(outcome)) = self.tdx_host().module.release(lp)
+            {
+                self.tdcall_is_over(lp, outcome);
+            }
+            let module = &mut self.tdx_host().module;
             if module.running(lp) == Some(tdvpr) {
                 // A processor whose guest has a TDCALL held half-way cannot be taken out of it.
                 let _ = module.kick(lp);

@@ -9,7 +9,7 @@ use crate::sim::mmu::fault::{Fault, Origin, Request};
 use crate::sim::profile::Kernel;
 use crate::sim::tdx_module::guest::{GuestException, GuestOutcome, TdExit, exit_reason};
 use crate::sim::tdx_module::memory::LineTag;
-use crate::sim::tdx_module::{Code, Leaf, LpId, Reg, Regs, Status, TdcallLeaf};
+use crate::sim::tdx_module::{Code, HoldPoint, Leaf, LpError, LpId, Reg, Regs, Released, Status, TdcallLeaf};
 use crate::uapi::kvm::KVM_EXIT_UNKNOWN;
 
 /// KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON.
@@ -65,13 +65,21 @@ impl World {
     /// [`Fault`]; with [`Fault::Retry`] the instruction was not executed and is to be tried again.
     pub fn td_execute(&mut self, vm: VmId, vcpu: u32, instruction: Instruction) -> Result<u64, Fault> {
         let lp = self.td_enter(vm, vcpu)?;
+        let interruptible = self.scheduler.is_active();
         let module = &mut self.tdx_host().module;
-        let outcome = match instruction {
+        if interruptible && matches!(instruction, Instruction::Accept(..)) {
+            // The processor is in the guest and holds nothing, or the next line says so.
+            let _ = module.hold_next(lp, HoldPoint::Entry);
+        }
+        let mut outcome = match instruction {
             Instruction::Load(gpa) => module.guest_read(lp, gpa),
             Instruction::Store(gpa, value) => module.guest_write(lp, gpa, value),
             Instruction::Fetch(gpa) => module.guest_fetch(lp, gpa),
             Instruction::Accept(gpa, level) => module.guest_accept(lp, gpa, level),
         };
+        if interruptible && matches!(outcome, Ok(GuestOutcome::Held)) {
+            outcome = self.stand_in_tdcall(lp).map_or_else(|| self.finish_tdcall(lp), Ok);
+        }
         match outcome {
             Ok(GuestOutcome::Value(value)) => Ok(value),
             Ok(GuestOutcome::Done) => Ok(0),
@@ -82,6 +90,13 @@ impl World {
             Ok(GuestOutcome::Exception(exception)) => Err(Fault::exit(exception_exit(exception))),
             Ok(GuestOutcome::Exit(exit)) => self.td_exit(vm, instruction, &exit),
             Ok(GuestOutcome::Held) | Err(_) => Err(Fault::Retry),
+        }
+    }
+
+    fn finish_tdcall(&mut self, lp: LpId) -> Result<GuestOutcome, LpError> {
+        match self.tdx_host().module.release(lp)? {
+            Released::Guest(outcome) => Ok(outcome),
+            Released::Host(..) => Err(LpError::HoldsNothing(lp)),
         }
     }
 

@@ -65,9 +65,7 @@ impl World {
         }
         state.mirror.remove(gfn);
         let pages = if loses_dirty { 1 } else { spte.order.pages() };
-        for i in 0..pages {
-            state.mirror.set(gfn + i, Spte { pfn: spte.pfn + i, order: Order::Base, writable: true });
-        }
+        state.mirror.set_run(gfn, Spte { pfn: spte.pfn, order: Order::Base, writable: true }, pages);
         self.splits += 1;
         Ok(())
     }

@@ -255,3 +255,34 @@ fn statuses_are_called_by_the_names_that_the_module_has_for_them() {
     }
     assert!(named > 30, "{named} of {} codes", Code::ALL.len());
 }
+
+/// Surprise 39 of the notes on 7.3: read from the source, run by nobody.
+#[test]
+fn a_punch_of_a_mappable_file_leaves_the_shared_mappings_of_a_td_until_7_4() {
+    for (kernel, stale) in [("6.18", true), ("7.3", true), ("in-place", false)] {
+        let machine = SimMachine::open(&format!("sim:tdx,kernel={kernel}").parse().unwrap()).unwrap();
+        let vm = machine.create_vm(VmConfig::Payload { vcpus: 1 }).unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let file = vm.create_guest_memfd(PAGES * PAGE_SIZE, 1).unwrap();
+        vm.set_memory_region(&MemoryRegion::new(0, GPA, PAGES * PAGE_SIZE).bound_to(&*file, 0)).unwrap();
+        if kernel == "in-place" {
+            file.convert(0, PAGES * PAGE_SIZE, 0).unwrap();
+        }
+        let write = GuestOp::Write { gpa: GPA | SHARED_BIT, size: 8, value: 0x1234 };
+        assert_eq!(vcpu.execute(write), Exit::Done(0), "{kernel}: shared accesses use the file");
+        let frame = machine.page_account(&*file, 0).unwrap().unwrap().frame;
+        file.punch_hole(0, PAGE_SIZE).unwrap();
+        machine.drain_lru().unwrap();
+        assert_eq!(vm.statistic("pages_4k"), Ok(u64::from(stale)), "{kernel}");
+        machine.with_world(|world| {
+            assert!(world.host.allocator.free_frames().any(|free| free == frame), "{kernel}: the page is free");
+        });
+        let read = GuestOp::Read { gpa: GPA | SHARED_BIT, size: 8 };
+        let seen = if stale { 0x1234 } else { 0 };
+        assert_eq!(
+            vcpu.execute(read),
+            Exit::Done(seen),
+            "{kernel}: whoever has the frame next shares it with the guest"
+        );
+    }
+}

@@ -1,5 +1,6 @@
 //! Taking a private page out of the S-EPT: BLOCK, TRACK, kick, REMOVE, WBINVD, with one retry after a kick when busy.
 
+use super::boot::HOST_LP;
 use super::map::level_of;
 use super::seamcall::Answer;
 use super::{Td, TdIds, TdState};
@@ -9,6 +10,7 @@ use crate::sim::host::{Order, Pfn};
 use crate::sim::mmu::VmId;
 use crate::sim::mutant::Mutant;
 use crate::sim::policy::Stuck;
+use crate::sim::schedule::{Lock, SchedulePoint};
 use crate::sim::tdx_module::{Code, Leaf, Reg, Status};
 
 /// A private page that could not be unmapped.
@@ -97,6 +99,7 @@ impl World {
                 return Err(fail(Leaf::MemRangeBlock, blocked.status));
             }
         }
+        self.schedule_point(SchedulePoint::ZapBlocked, &[Lock::Mmu(vm)]);
         if td.state == TdState::Runnable
             && let Err(status) = self.tdx_track(vm, td)
         {
@@ -105,6 +108,7 @@ impl World {
             }
             self.tdx_bug_on(vm, Leaf::MemTrack, status);
         }
+        self.schedule_point(SchedulePoint::ZapTracked, &[Lock::Mmu(vm)]);
         let removed = self.no_vcpus_call(vm, Leaf::MemPageRemove, &entry);
         if !removed.status.is_zero() {
             return Err(fail(Leaf::MemPageRemove, removed.status));
@@ -115,18 +119,27 @@ impl World {
     /// tdx_clear_page after the removal: TDH.PHYMEM.PAGE.WBINVD, and the quirk's reset of the page.
     fn tdx_write_back(&mut self, gfn: u64, pfn: Pfn, order: Order, hkid: u16) -> Result<(), UnmapError> {
         let keyid_shift = 52 - self.tdx_host().module.platform().keyid_bits;
+        let keyed = |page: Pfn| (page * PAGE_SIZE) | (u64::from(hkid) << keyid_shift);
+        if order == Order::Pmd && self.tdx_host().module.write_back_large_page(HOST_LP, keyed(pfn)) {
+            self.tdx_reset_after_removal(pfn, order);
+            return Ok(());
+        }
         for page in pfn..pfn + order.pages() {
-            let address = (page * PAGE_SIZE) | (u64::from(hkid) << keyid_shift);
-            let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, address)]);
+            let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, keyed(page))]);
             if !written_back.status.is_zero() {
                 let (leaf, status) = (Leaf::PhymemPageWbinvd, written_back.status);
                 return Err(UnmapError { gfn, leaf, status, errno: Errno::EFAULT });
             }
         }
+        self.tdx_reset_after_removal(pfn, order);
+        Ok(())
+    }
+
+    /// tdx_quirk_reset_paddr: only parts with the partial-write erratum need it.
+    fn tdx_reset_after_removal(&mut self, pfn: Pfn, order: Order) {
         if self.tdx_host().module.switches().partial_write_erratum {
             self.tdx_host().module.host_reset(pfn * PAGE_SIZE, order.pages() * PAGE_SIZE);
         }
-        Ok(())
     }
 
     /// tdx_track: a new TLB epoch, and every vCPU out of the old one.

@@ -1,15 +1,16 @@
 //! PHYMEM.PAGE.RDMD, RECLAIM, WBINVD and CACHE.WB (TDX module spec 5.22 to 5.25).
 
-use super::super::call::{Call, Stop};
+use super::super::call::{AnyLeaf, Call, Stop};
 use super::super::dispatch::{DONE, LeafResult};
+use super::super::leaf::Leaf;
 use super::super::lock::{LockId, Mode};
-use super::super::lp::HoldPoint;
+use super::super::lp::{Activity, HoldPoint, LpId};
 use super::super::memory::PAGE_SIZE;
 use super::super::module::Module;
 use super::super::operand::Operand;
 use super::super::pamt::PageType;
 use super::super::sept::span;
-use super::super::state::{HkidState, Lifecycle};
+use super::super::state::{HkidState, Lifecycle, SysState};
 use super::super::status::{Code, Status, busy, invalid};
 use super::page::units;
 
@@ -106,6 +107,33 @@ impl Module {
         call.point(HoldPoint::Commit)?;
         self.flush_page(pa & !(PAGE_SIZE - 1), hkid);
         DONE
+    }
+
+    /// PHYMEM.PAGE.WBINVD of every 4K page of the 2M page at `rcx`, in one step, where nothing can tell that from as many calls:
+    /// every one would succeed, and neither a fault on plan nor the record of calls sees them one by one. `false`, with
+    /// nothing done, where something can.
+    pub fn write_back_large_page(&mut self, lp: LpId, rcx: u64) -> bool {
+        let leaf = Leaf::PhymemPageWbinvd;
+        let (pa, hkid) = (rcx & self.platform.address_mask(), self.platform.hkid_of(rcx));
+        let idle =
+            self.lps.get(lp.0 as usize).is_some_and(|lp| matches!(lp.activity, Activity::Host) && lp.hold.is_none());
+        let planned = self.faults.rules().iter().any(|rule| rule.leaf == AnyLeaf::Seamcall(leaf));
+        let plain = idle
+            && !planned
+            && !self.trace.keeps_calls()
+            && !self.pamt.dynamic
+            && self.sys.state == SysState::Ready
+            && rcx >> self.platform.address_bits == 0
+            && pa.is_multiple_of(span(1))
+            && self.check_private_hpa(pa, Operand::RCX, 1).is_ok()
+            && self.pamt.is_open_and_free(pa);
+        if plain {
+            for line in self.dirty_lines(pa, span(1), Some(hkid)) {
+                self.write_back(line);
+            }
+            self.trace.count_successes(leaf, 512);
+        }
+        plain
     }
 
     pub(super) fn phymem_cache_wb(&mut self, call: &mut Call) -> LeafResult {

@@ -35,6 +35,9 @@ pub(crate) struct Caches {
     pub leak_attempts: u64,
 }
 
+/// Bytes of a 2M page.
+const LARGE: u64 = 2 << 20;
+
 impl Caches {
     fn take(&mut self, key: (u64, u16)) -> Option<[u64; 8]> {
         let line = self.dirty.remove(&key)?;
@@ -49,7 +52,7 @@ impl Module {
         LineTag { hkid, td, poison: false }
     }
 
-    fn write_back(&mut self, key: (u64, u16)) {
+    pub(crate) fn write_back(&mut self, key: (u64, u16)) {
         if let Some(line) = self.caches.take(key) {
             let tag = self.tag_of(key.1);
             self.memory.write_line(key.0, &line, tag);
@@ -144,7 +147,7 @@ impl Module {
         }
     }
 
-    fn dirty_lines(&self, pa: u64, len: u64, hkid: Option<u16>) -> Vec<(u64, u16)> {
+    pub(crate) fn dirty_lines(&self, pa: u64, len: u64, hkid: Option<u16>) -> Vec<(u64, u16)> {
         if self.caches.dirty.is_empty() {
             return Vec::new();
         }
@@ -171,7 +174,14 @@ impl Module {
     /// integrity failure, so the TD is lost at once. The structures themselves stay as they are, only the lines change hands.
     fn host_spoils_control_page(&mut self, pa: u64, len: u64) -> bool {
         let mut spoilt = false;
-        for page in (pa & !(PAGE_SIZE - 1)..pa + len).step_by(PAGE_SIZE as usize) {
+        let mut next = pa & !(PAGE_SIZE - 1);
+        while next < pa + len {
+            let page = next;
+            next += PAGE_SIZE;
+            if page.is_multiple_of(LARGE) && self.pamt.holds_no_small_page(page) {
+                next = page + LARGE;
+                continue;
+            }
             let Some(info) = self.page(page) else { continue };
             let tdr = match info.ty {
                 PageType::Tdr => page,
