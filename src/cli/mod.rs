@@ -9,6 +9,7 @@ mod generate;
 mod list;
 pub mod machines;
 mod matrix;
+mod mutants;
 mod probe;
 mod run;
 mod seam;
@@ -22,7 +23,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::harness::child::run_claim;
 use crate::harness::exit::ExitStyle;
-use crate::harness::{Suite, wire};
+use crate::harness::{Suite, mutation, wire};
 use crate::rig;
 use failure::Failure;
 use machines::Machines;
@@ -53,6 +54,8 @@ enum Command {
     Bisect(Box<bisect::BisectArguments>),
     /// Compare two results: what newly fails, what is fixed, what changed. Exits with 1 when anything newly fails.
     Compare(compare::CompareArguments),
+    /// Run the tests against every switchable defect of the model. Exits with 1 when one survives.
+    Mutants(mutants::MutantsArguments),
     /// Print a completion script for a shell.
     #[command(hide = true)]
     Completions(generate::CompletionsArguments),
@@ -87,6 +90,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::Matrix(options) => matrix::matrix(&options, suites, machines),
             Command::Bisect(options) => bisect::bisect(&options, suites, machines),
             Command::Compare(options) => compare::compare(&options),
+            Command::Mutants(options) => mutants::mutants(&options, suites),
             Command::Vm(options) => vm::vm(&options, suites, machines),
             Command::Seam(options) => seam::seam(&options),
             Command::Completions(options) => generate::completions(&options, Gmemtest::command()),
@@ -127,6 +131,9 @@ fn with_arguments(
     if arguments.get(1).is_some_and(|first| first == wire::CLAIM_ARGUMENT) {
         let rest: Vec<String> = arguments[2..].iter().map(|text| text.to_string_lossy().into_owned()).collect();
         return run_claim(&rest, suites, machines.open);
+    }
+    if arguments.get(1).is_some_and(|first| first == mutation::WORKER_ARGUMENT) {
+        return mutation::worker(suites, machines.open);
     }
     let style = exit_style(&arguments);
     command(arguments).unwrap_or_else(|failure| failure.report(style))

@@ -21,6 +21,7 @@ pub mod interrupt;
 pub mod journal;
 pub mod judge;
 pub mod known;
+pub mod mutation;
 pub mod outcome;
 pub mod plan;
 pub mod runner;

@@ -1,7 +1,25 @@
 //! Switchable defects of the model: what the selftests must notice.
 
+/// Machines on which a mutant can show, the most telling one first: values of [`Mutant::machines`].
+mod on {
+    /// What every VM does.
+    pub const ANY: &[&str] = &["sim:default", "sim:sw-protected"];
+    /// Files that the host maps: those of VMs without private memory, and those that are converted in place.
+    pub const MAPPED: &[&str] = &["sim:default", "sim:sw-protected,kernel=in-place"];
+    /// Private memory whose attribute is the VM's.
+    pub const PRIVATE: &[&str] = &["sim:sw-protected", "sim:tdx"];
+    /// Conversion on the file.
+    pub const IN_PLACE: &[&str] = &["sim:sw-protected,kernel=in-place", "sim:tdx,kernel=in-place"];
+    /// Huge folios, split and merged.
+    pub const HUGE: &[&str] = &["sim:sw-protected,kernel=huge", "sim:tdx,kernel=huge"];
+    /// The S-EPT.
+    pub const TDX: &[&str] = &["sim:tdx", "sim:tdx,kernel=in-place"];
+    /// Huge mappings of a TD.
+    pub const TDX_HUGE: &[&str] = &["sim:tdx,kernel=huge"];
+}
+
 macro_rules! mutants {
-    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal $(on $machines:ident)?,)+) => {
         /// A defect that can be switched on in the model, by the machine option `mutant=`.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum Mutant {
@@ -26,12 +44,21 @@ macro_rules! mutants {
                 }
             }
 
+            /// Specs of the machines on which the defect can show; it survives when no claim fails on any of them.
+            pub fn machines(self) -> &'static [&'static str] {
+                match self {
+                    $(Mutant::$variant => mutants!(@on $($machines)?),)+
+                }
+            }
+
             /// The mutant of a name.
             pub fn from_name(name: &str) -> Option<Mutant> {
                 Mutant::ALL.iter().copied().find(|mutant| mutant.name() == name)
             }
         }
     };
+    (@on) => { on::ANY };
+    (@on $machines:ident) => { on::$machines };
 }
 
 mutants! {
@@ -42,7 +69,7 @@ mutants! {
     /// Punch hole frees one page too many.
     PunchOnePageLong = "punch-one-page-long",
     /// Punch hole leaves the host's PTEs in place.
-    PunchSkipsHostUnmap = "punch-skips-host-unmap",
+    PunchSkipsHostUnmap = "punch-skips-host-unmap" on MAPPED,
     /// Punch hole at or after the end of the file fails with EINVAL.
     PunchChecksSize = "punch-checks-size",
     /// fallocate does not check offset + len against the size.
@@ -58,11 +85,11 @@ mutants! {
     /// A page is not zeroed before its first use.
     SkipZeroing = "skip-zeroing",
     /// A page that is up to date is zeroed again at the next host fault.
-    ZeroTwice = "zero-twice",
+    ZeroTwice = "zero-twice" on MAPPED,
     /// A host access beyond the end of the file is let through.
-    HostFaultIgnoresSize = "host-fault-ignores-size",
+    HostFaultIgnoresSize = "host-fault-ignores-size" on MAPPED,
     /// A host access to a private file is let through.
-    HostFaultIgnoresPrivate = "host-fault-ignores-private",
+    HostFaultIgnoresPrivate = "host-fault-ignores-private" on MAPPED,
     /// A second file created on a VM gets the first one's inode number.
     InodeNumberReused = "inode-number-reused",
     /// fstat reports the allocated blocks.
@@ -94,21 +121,21 @@ mutants! {
     /// Deleting a slot leaves its binding.
     SlotDeleteKeepsBinding = "slot-delete-keeps-binding",
     /// Deleting a slot clears the attributes of its range.
-    SlotDeleteClearsAttributes = "slot-delete-clears-attributes",
+    SlotDeleteClearsAttributes = "slot-delete-clears-attributes" on PRIVATE,
     /// READONLY and GUEST_MEMFD are accepted together.
-    SlotAcceptsReadonlyGmem = "slot-accepts-readonly-gmem",
+    SlotAcceptsReadonlyGmem = "slot-accepts-readonly-gmem" on PRIVATE,
     /// Setting attributes leaves the SPTEs of the range.
-    AttributesSkipZap = "attributes-skip-zap",
+    AttributesSkipZap = "attributes-skip-zap" on PRIVATE,
     /// Setting attributes stores one page too few.
-    AttributesOnePageShort = "attributes-one-page-short",
+    AttributesOnePageShort = "attributes-one-page-short" on PRIVATE,
     /// Setting attributes frees the private pages.
-    AttributesPunch = "attributes-punch",
+    AttributesPunch = "attributes-punch" on PRIVATE,
     /// KVM_SET_MEMORY_ATTRIBUTES does not check its flags.
-    AttributesIgnoreFlags = "attributes-ignore-flags",
+    AttributesIgnoreFlags = "attributes-ignore-flags" on PRIVATE,
     /// A default VM accepts the PRIVATE attribute.
     AttributesOnDefaultVm = "attributes-on-default-vm",
     /// A memory fault exit does not carry the PRIVATE flag.
-    ExitLosesPrivateFlag = "exit-loses-private-flag",
+    ExitLosesPrivateFlag = "exit-loses-private-flag" on PRIVATE,
     /// A memory fault exit reports the byte, not the page.
     ExitReportsByte = "exit-reports-byte",
     /// A shared access that GUP refuses ends in a memory fault exit.
@@ -122,63 +149,63 @@ mutants! {
     /// Closing a guest_memfd leaves the SPTEs to its pages.
     CloseSkipsZap = "close-skips-zap",
     /// A mapping does not keep the file open.
-    MappingDropsFile = "mapping-drops-file",
+    MappingDropsFile = "mapping-drops-file" on MAPPED,
     /// A punch waits for nobody and frees a page that is still pinned.
-    PunchFreesPinned = "punch-frees-pinned",
+    PunchFreesPinned = "punch-frees-pinned" on MAPPED,
     /// A guest mapping takes a reference to the page.
     SpteTakesReference = "spte-takes-reference",
     /// Punch hole leaks a reference to every page.
     PunchLeaksReference = "punch-leaks-reference",
     /// Memory failure does not mark the page.
-    PoisonFlagLost = "poison-flag-lost",
+    PoisonFlagLost = "poison-flag-lost" on MAPPED,
     /// Unpinning drops one reference too many.
-    UnpinDropsTwice = "unpin-drops-twice",
+    UnpinDropsTwice = "unpin-drops-twice" on MAPPED,
     /// A file without FLAG_MMAP can be mapped.
-    MmapIgnoresFlag = "mmap-ignores-flag",
+    MmapIgnoresFlag = "mmap-ignores-flag" on MAPPED,
     /// MAP_PRIVATE of a guest_memfd is accepted.
-    MmapAcceptsPrivate = "mmap-accepts-private",
+    MmapAcceptsPrivate = "mmap-accepts-private" on MAPPED,
     /// Private accesses use the shared side.
-    PrivateUsesSharedSide = "private-uses-shared-side",
+    PrivateUsesSharedSide = "private-uses-shared-side" on PRIVATE,
     /// A GMEM_ONLY slot's shared accesses use userspace_addr.
-    GmemOnlyIgnored = "gmem-only-ignored",
+    GmemOnlyIgnored = "gmem-only-ignored" on MAPPED,
     /// Poison is forgotten when the guest faults.
-    GuestIgnoresPoison = "guest-ignores-poison",
+    GuestIgnoresPoison = "guest-ignores-poison" on MAPPED,
     /// mincore reports pages that are not up to date.
-    MincoreIgnoresUptodate = "mincore-ignores-uptodate",
+    MincoreIgnoresUptodate = "mincore-ignores-uptodate" on MAPPED,
     /// MADV_DONTNEED frees the page.
-    DontneedFrees = "dontneed-frees",
+    DontneedFrees = "dontneed-frees" on MAPPED,
     /// Conversion accepts a range beyond the end of the file.
-    ConvertIgnoresSize = "convert-ignores-size",
+    ConvertIgnoresSize = "convert-ignores-size" on IN_PLACE,
     /// Conversion to private does not look at reference counts.
-    ConvertIgnoresReferences = "convert-ignores-references",
+    ConvertIgnoresReferences = "convert-ignores-references" on IN_PLACE,
     /// Conversion to private does not drain the LRU batches before it calls a page unsafe.
-    ConvertSkipsDrain = "convert-skips-drain",
+    ConvertSkipsDrain = "convert-skips-drain" on IN_PLACE,
     /// A failed conversion reports the start of the range, not the page.
-    ConvertReportsStart = "convert-reports-start",
+    ConvertReportsStart = "convert-reports-start" on IN_PLACE,
     /// A page that is held fails the conversion with EBUSY.
-    ConvertBusyIsEbusy = "convert-busy-is-ebusy",
+    ConvertBusyIsEbusy = "convert-busy-is-ebusy" on IN_PLACE,
     /// Conversion to private stores the attribute before it checks.
-    ConvertStoresFirst = "convert-stores-first",
+    ConvertStoresFirst = "convert-stores-first" on IN_PLACE,
     /// Conversion to private leaves the host's page-table entries.
-    ConvertSkipsHostUnmap = "convert-skips-host-unmap",
+    ConvertSkipsHostUnmap = "convert-skips-host-unmap" on IN_PLACE,
     /// Conversion leaves the guest's mappings.
-    ConvertSkipsZap = "convert-skips-zap",
+    ConvertSkipsZap = "convert-skips-zap" on IN_PLACE,
     /// Conversion stores one page too few.
-    ConvertOnePageShort = "convert-one-page-short",
+    ConvertOnePageShort = "convert-one-page-short" on IN_PLACE,
     /// A private page is removed from the S-EPT without being blocked.
-    UnmapSkipsBlock = "unmap-skips-block",
+    UnmapSkipsBlock = "unmap-skips-block" on TDX,
     /// TDH.MEM.TRACK is not called.
-    UnmapSkipsTrack = "unmap-skips-track",
+    UnmapSkipsTrack = "unmap-skips-track" on TDX,
     /// vCPUs are not kicked out of the guest after TRACK.
-    UnmapSkipsKick = "unmap-skips-kick",
+    UnmapSkipsKick = "unmap-skips-kick" on TDX,
     /// A busy module is not asked a second time.
-    UnmapNeverRetries = "unmap-never-retries",
+    UnmapNeverRetries = "unmap-never-retries" on TDX,
     /// Conversion to private leaves a huge folio split.
-    ConvertSkipsMerge = "convert-skips-merge",
+    ConvertSkipsMerge = "convert-skips-merge" on HUGE,
     /// Base pages are merged although somebody holds one of them.
-    MergeDespiteReferences = "merge-despite-references",
+    MergeDespiteReferences = "merge-despite-references" on HUGE,
     /// Splitting a huge mapping forgets all pages but the first.
-    SplitMapsOnePage = "split-maps-one-page",
+    SplitMapsOnePage = "split-maps-one-page" on TDX_HUGE,
     /// cachestat counts one page more.
     CachestatOffByOne = "cachestat-off-by-one",
 }
@@ -192,6 +219,11 @@ mod tests {
         for mutant in Mutant::ALL {
             assert_eq!(Mutant::from_name(mutant.name()), Some(*mutant));
             assert!(!mutant.description().is_empty());
+            for machine in mutant.machines() {
+                let spec = format!("{machine},mutant={}", mutant.name());
+                let profile = crate::sim::Profile::from_spec(&spec.parse().unwrap()).unwrap();
+                assert_eq!(profile.mutant, Some(*mutant));
+            }
         }
     }
 }
