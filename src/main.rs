@@ -40,6 +40,12 @@ selftests! {
     "../selftests/attributes.rs" attributes,
     "../selftests/memory_fault.rs" memory_fault,
     "../selftests/conversion.rs" conversion,
+    "../selftests/inplace_arguments.rs" inplace_arguments,
+    "../selftests/inplace_conversion.rs" inplace_conversion,
+    "../selftests/huge_pages.rs" huge_pages,
+    "../selftests/references.rs" references,
+    "../selftests/truncation.rs" truncation,
+    "../selftests/conversion_matrix.rs" conversion_matrix,
     "../selftests/races.rs" races,
 }
 

@@ -19,6 +19,9 @@ use crate::sim::Mutant;
 /// Killers that are named on a mutant's line.
 const NAMED: usize = 3;
 
+/// Claims that are named as failing without a mutant.
+const SHOWN_FAILURES: usize = 5;
+
 /// The flags of `mutants`.
 #[derive(Debug, Args)]
 pub(super) struct MutantsArguments {
@@ -236,8 +239,15 @@ impl<W: Write> Listener for Report<'_, W> {
             let count = failing.len();
             let remark = if count == 0 { String::new() } else { format!(", {count} fail and do not count as killers") };
             writeln!(self.out, "without a mutant {machine:<36} {:>5} claims hold{remark}", witnesses.len())?;
-            for Testimony { claim, how, message, .. } in &failing {
+            for Testimony { claim, how, message, .. } in failing.iter().take(SHOWN_FAILURES) {
                 writeln!(self.out, "    {how} {claim}: {}", message.as_deref().unwrap_or_default())?;
+            }
+            if failing.len() > SHOWN_FAILURES {
+                let more = failing.len() - SHOWN_FAILURES;
+                writeln!(
+                    self.out,
+                    "    and {more} more, which --format json and `gmemtest run --machine {machine}` name"
+                )?;
             }
             self.out.flush()?;
         }

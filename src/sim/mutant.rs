@@ -14,6 +14,21 @@ mod on {
     pub const HUGE: &[&str] = &["sim:sw-protected,kernel=huge", "sim:tdx,kernel=huge"];
     /// The S-EPT.
     pub const TDX: &[&str] = &["sim:tdx", "sim:tdx,kernel=in-place"];
+    /// Conversion asked of a VM without private memory.
+    pub const DEFAULT_IN_PLACE: &[&str] = &["sim:default,kernel=in-place"];
+    /// A TD of each way to convert: what is unmapped without need is lost.
+    pub const TD_CONTENTS: &[&str] = &["sim:tdx", "sim:tdx,kernel=in-place"];
+    /// The answers to a failed unmap that do more than bug the VM.
+    pub const UNMAP_FAILURE: &[&str] = &[
+        "sim:tdx,kernel=in-place,policy=fail-unmap",
+        "sim:tdx,policy=hold-on-error",
+        "sim:tdx,policy=poison",
+        "sim:tdx",
+    ];
+    /// The error goes up to the caller.
+    pub const FAIL_UNMAP: &[&str] = &["sim:tdx,kernel=in-place,policy=fail-unmap", "sim:tdx,policy=fail-unmap"];
+    /// Every mapped page has a reference.
+    pub const PINNED: &[&str] = &["sim:tdx,kernel=6.18", "sim:tdx,kernel=6.16"];
     /// Huge mappings of a TD.
     pub const TDX_HUGE: &[&str] = &["sim:tdx,kernel=huge"];
 }
@@ -208,6 +223,110 @@ mutants! {
     SplitMapsOnePage = "split-maps-one-page" on TDX_HUGE,
     /// cachestat counts one page more.
     CachestatOffByOne = "cachestat-off-by-one",
+    /// Conversion does not look at its flags.
+    ConvertIgnoresFlags = "convert-ignores-flags" on IN_PLACE,
+    /// Conversion does not look at its reserved words.
+    ConvertIgnoresReserved = "convert-ignores-reserved" on IN_PLACE,
+    /// Conversion writes error_offset whatever it fails with.
+    ConvertAlwaysReports = "convert-always-reports" on IN_PLACE,
+    /// Conversion does not write error_offset.
+    ConvertNeverReports = "convert-never-reports" on IN_PLACE,
+    /// Conversion does not check for unknown attributes.
+    ConvertIgnoresAttributes = "convert-ignores-attributes" on IN_PLACE,
+    /// Conversion rounds an unaligned range.
+    ConvertIgnoresAlignment = "convert-ignores-alignment" on IN_PLACE,
+    /// Conversion of no bytes succeeds.
+    ConvertAcceptsNothing = "convert-accepts-nothing" on IN_PLACE,
+    /// A file of a VM without private memory is converted.
+    ConvertOnDefaultVm = "convert-on-default-vm" on DEFAULT_IN_PLACE,
+    /// Conversion stores one page too many.
+    ConvertOnePageLong = "convert-one-page-long" on IN_PLACE,
+    /// Conversion leaves the guest's mapping of its last page.
+    ConvertZapsOneShort = "convert-zaps-one-short" on IN_PLACE,
+    /// Conversion to shared unmaps one private page too many.
+    ConvertZapsOneLong = "convert-zaps-one-long" on IN_PLACE,
+    /// Conversion to private leaves the host's mapping of its last page.
+    ConvertUnmapsOneShort = "convert-unmaps-one-short" on IN_PLACE,
+    /// Conversion zeroes the pages.
+    ConvertZeroes = "convert-zeroes" on IN_PLACE,
+    /// Conversion frees the pages.
+    ConvertFrees = "convert-frees" on IN_PLACE,
+    /// Conversion drains the LRU batch of its own CPU only.
+    ConvertDrainsOneCpu = "convert-drains-one-cpu" on IN_PLACE,
+    /// Conversion to shared is refused while a page is held.
+    ConvertSharedChecksReferences = "convert-shared-checks-references" on IN_PLACE,
+    /// Conversion to private looks at the references of the first folio only.
+    ConvertLooksAtFirstOnly = "convert-looks-at-first-only" on IN_PLACE,
+    /// Conversion allocates the pages of its range.
+    ConvertAllocates = "convert-allocates" on IN_PLACE,
+    /// A punch puts its pages back on the side that the file began with.
+    PunchResetsSide = "punch-resets-side" on IN_PLACE,
+    /// A TD gets memory of the other side than it asked for.
+    GuestIgnoresSide = "guest-ignores-side" on IN_PLACE,
+    /// A punch unmaps one private page too many.
+    PunchZapsOneLong = "punch-zaps-one-long" on TD_CONTENTS,
+    /// Setting attributes unmaps one page too many.
+    AttributesZapOneLong = "attributes-zap-one-long" on PRIVATE,
+    /// Setting attributes leaves the mapping of the last page.
+    AttributesZapOneShort = "attributes-zap-one-short" on PRIVATE,
+    /// Setting attributes rounds an unaligned range.
+    AttributesIgnoreAlignment = "attributes-ignore-alignment" on PRIVATE,
+    /// Setting the attributes of no bytes succeeds.
+    AttributesAcceptNothing = "attributes-accept-nothing" on PRIVATE,
+    /// Setting attributes sets those of every VM.
+    AttributesOneVmForAll = "attributes-one-vm-for-all" on PRIVATE,
+    /// A punch of a part of a huge folio does not zero it.
+    PunchPartKeepsData = "punch-part-keeps-data" on HUGE,
+    /// A punch of a part of a huge folio zeroes all of it.
+    PunchPartFrees = "punch-part-zeroes-folio" on HUGE,
+    /// Splitting a huge folio leaves the dirty flag to its first page.
+    SplitLosesDirty = "split-loses-dirty" on HUGE,
+    /// Splitting a huge folio loses its uptodate flag.
+    SplitLosesUptodate = "split-loses-uptodate" on HUGE,
+    /// Merging pages loses their dirty flags.
+    MergeLosesDirty = "merge-loses-dirty" on HUGE,
+    /// A folio that is allocated for shared memory is not split.
+    SharedFolioStaysWhole = "shared-folio-stays-whole" on HUGE,
+    /// A block of base pages is mapped as a huge page.
+    HugeMappingIgnoresFolio = "huge-mapping-ignores-folio" on HUGE,
+    /// A huge folio is mapped by base pages.
+    HugeMapsSmall = "huge-maps-small" on HUGE,
+    /// A huge mapping is split without being blocked.
+    SplitSkipsBlock = "split-skips-block" on TDX_HUGE,
+    /// Every huge mapping in a range is split, not the head and the tail.
+    SplitAllMappings = "split-all-mappings" on TDX_HUGE,
+    /// The huge mapping across the start of a range is not split.
+    SplitTailOnly = "split-tail-only" on TDX_HUGE,
+    /// The huge mapping across the end of a range is not split.
+    SplitHeadOnly = "split-head-only" on TDX_HUGE,
+    /// Draining the LRU batches leaves them full.
+    DrainDoesNothing = "drain-does-nothing" on MAPPED,
+    /// The reference of a host page table entry is not given back.
+    HostUnmapLeaksReference = "host-unmap-leaks-reference" on MAPPED,
+    /// A long-term pin adds one reference.
+    PinCountsOne = "pin-counts-one" on MAPPED,
+    /// GUP takes two references.
+    GetTakesTwo = "get-takes-two" on MAPPED,
+    /// A failed unmap is treated as done: no policy hears of it.
+    FailedUnmapIsForgotten = "failed-unmap-is-forgotten" on UNMAP_FAILURE,
+    /// A VM that is bugged goes on working.
+    BuggedVmLives = "bugged-vm-lives" on TDX,
+    /// A hard failure to unmap is reported as EAGAIN.
+    FailUnmapSaysEagain = "fail-unmap-says-eagain" on FAIL_UNMAP,
+    /// A failure to unmap reports the start of the range.
+    FailUnmapReportsStart = "fail-unmap-reports-start" on FAIL_UNMAP,
+    /// The attribute changes although the unmap fails.
+    FailUnmapStoresAnyway = "fail-unmap-stores-anyway" on FAIL_UNMAP,
+    /// A page that cannot be unmapped loses its pin all the same.
+    StuckPageIsUnpinned = "stuck-page-is-unpinned" on PINNED,
+    /// The cache of a removed page is not written back.
+    UnmapSkipsWriteback = "unmap-skips-writeback" on TDX,
+    /// A hard error of an unmap is answered by another try.
+    UnmapRetriesHardErrors = "unmap-retries-hard-errors" on TDX,
+    /// Memory failure leaves the guest's mapping.
+    MemoryFailureKeepsGuestMapping = "memory-failure-keeps-guest-mapping" on MAPPED,
+    /// A poisoned page can be freed.
+    MemoryFailureTakesNoReference = "memory-failure-takes-no-reference" on MAPPED,
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What the model has.
 
 use super::super::mmu::capabilities::capability;
-use super::super::profile::{Kernel, Profile};
+use super::super::profile::{FrameModel, Kernel, Profile};
 use crate::machine::{Availability, Facility, SkipKind, VmType};
 use crate::uapi::kvm::KVM_CAP_GUEST_MEMFD;
 use crate::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
@@ -42,6 +42,9 @@ pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Avai
         Facility::Kcore => not_modelled("the model's reference counts are read directly"),
         Facility::GupTest => not_modelled("debugfs is not modelled"),
         Facility::MemoryCgroup => not_modelled("memory cgroups are not modelled"),
+        Facility::PageAccount | Facility::HoldGet | Facility::HoldPin if profile.frames == FrameModel::PfnMap => {
+            Availability::absent(SkipKind::Declined, "frames=pfnmap has no reference counts", "frames=struct-page")
+        }
         Facility::ModuleInjection if vm_type != VmType::Tdx => {
             Availability::absent(SkipKind::Declined, "there is no TDX module under this machine", "sim:tdx")
         }

@@ -26,10 +26,14 @@ impl World {
         if attributes & !supported != 0 {
             return Err(Errno::EINVAL);
         }
+        if size == 0 && self.mutant(Mutant::AttributesAcceptNothing) {
+            return Ok(());
+        }
         if size == 0 || address.checked_add(size).is_none() {
             return Err(Errno::EINVAL);
         }
-        if !address.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) {
+        let aligned = address.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE);
+        if !aligned && !self.mutant(Mutant::AttributesIgnoreAlignment) {
             return Err(Errno::EINVAL);
         }
         let (first, mut last) = (address / PAGE_SIZE, (address + size) / PAGE_SIZE);
@@ -37,7 +41,12 @@ impl World {
             return Ok(());
         }
         if !self.mutant(Mutant::AttributesSkipZap) {
-            self.zap_for_attributes(vm, first, last, attributes).map_err(|error| error.errno())?;
+            let end = match () {
+                () if self.mutant(Mutant::AttributesZapOneShort) => last - 1,
+                () if self.mutant(Mutant::AttributesZapOneLong) => last + 1,
+                () => last,
+            };
+            self.zap_for_attributes(vm, first, end, attributes).map_err(|error| error.errno())?;
         }
         if self.mutant(Mutant::AttributesPunch) {
             self.punch_gfns(vm, first, last);
@@ -45,7 +54,8 @@ impl World {
         if self.mutant(Mutant::AttributesOnePageShort) {
             last -= 1;
         }
-        if let Some(state) = self.vms.get_mut(&vm) {
+        let everywhere = self.mutant(Mutant::AttributesOneVmForAll);
+        for (_, state) in self.vms.iter_mut().filter(|(id, _)| **id == vm || everywhere) {
             state.attributes.set(first, last, attributes);
             state.invalidate_seq += 1;
         }

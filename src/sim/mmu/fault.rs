@@ -77,7 +77,10 @@ impl World {
         let Request { gfn, private, access, .. } = request;
         let memory_fault = |errno| Fault::Memory { errno, private };
         let state = self.vms.get(&vm).ok_or(Fault::Failed(Errno::EIO))?;
-        if state.vm_type.has_private_memory() && private != self.gfn_is_private(vm, gfn) {
+        if state.vm_type.has_private_memory()
+            && private != self.gfn_is_private(vm, gfn)
+            && !self.mutant(Mutant::GuestIgnoresSide)
+        {
             return Err(memory_fault(Errno::EFAULT));
         }
         let Some((_, slot)) = state.slots.at(gfn) else {
@@ -145,6 +148,11 @@ impl World {
     /// in a TD, what is mapped already allow.
     fn max_gmem_order(&self, vm: VmId, slot: &Slot, gfn: u64, pfn: u64) -> Order {
         let (_, pages) = self.host.frames.extent(pfn);
+        let pages = match () {
+            () if self.mutant(Mutant::HugeMappingIgnoresFolio) => pages.max(Order::Pmd.pages()),
+            () if self.mutant(Mutant::HugeMapsSmall) => 1,
+            () => pages,
+        };
         let state = &self.vms[&vm];
         let is_td = state.has_mirror();
         let fits = |order: &Order| {

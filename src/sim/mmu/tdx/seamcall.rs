@@ -4,6 +4,7 @@ use super::TdxHost;
 use super::boot::HOST_LP;
 use crate::sim::World;
 use crate::sim::mmu::VmId;
+use crate::sim::mutant::Mutant;
 use crate::sim::tdx_module::{Code, Leaf, LpId, Outcome, Reg, Regs, Released, Status};
 
 /// How often a leaf that finds no entropy is called again (TDX_SEAMCALL_RETRIES).
@@ -75,7 +76,11 @@ impl World {
         if state.bugged {
             return;
         }
-        state.bug();
+        if self.profile.mutant == Some(Mutant::BuggedVmLives) {
+            state.bugged = true;
+        } else {
+            state.bug();
+        }
         let line = format!("SEAMCALL {} failed: {:#x} ({status})", leaf.name(), status.0);
         self.log.push(line);
     }

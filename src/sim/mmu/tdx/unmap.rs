@@ -66,7 +66,12 @@ impl World {
                 continue;
             };
             let stuck = Stuck { vm, gfn, pfn: spte.pfn, order: spte.order, error, context };
-            self.policy_failed(&stuck)?;
+            if !self.mutant(Mutant::FailedUnmapIsForgotten) {
+                self.policy_failed(&stuck)?;
+            }
+            if self.mutant(Mutant::StuckPageIsUnpinned) {
+                self.policy_unmapped(vm, gfn, spte.pfn, spte.order);
+            }
             if let Some(state) = self.vms.get_mut(&vm) {
                 state.mirror.remove(gfn);
             }
@@ -101,7 +106,8 @@ impl World {
             return Err(fail(Leaf::MemPageRemove, removed));
         }
         let keyid_shift = 52 - self.tdx_host().module.platform().keyid_bits;
-        for page in pfn..pfn + order.pages() {
+        let pages = if self.mutant(Mutant::UnmapSkipsWriteback) { 0 } else { order.pages() };
+        for page in pfn..pfn + pages {
             let address = (page * PAGE_SIZE) | (u64::from(td.hkid) << keyid_shift);
             let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, address)]);
             if !written_back.status.is_zero() {
@@ -130,7 +136,8 @@ impl World {
     /// tdh_do_no_vcpus: when busy, every vCPU is kicked out and the call made once more.
     pub(super) fn no_vcpus_call(&mut self, vm: VmId, leaf: Leaf, operands: &[(Reg, u64)]) -> Answer {
         let answer = self.tdh(leaf, operands);
-        if !answer.is_busy() || self.mutant(Mutant::UnmapNeverRetries) {
+        let hard = !answer.is_busy() && !answer.status.is_zero() && self.mutant(Mutant::UnmapRetriesHardErrors);
+        if (!answer.is_busy() && !hard) || self.mutant(Mutant::UnmapNeverRetries) {
             return answer;
         }
         self.kick_vcpus(vm);
