@@ -50,7 +50,8 @@ gmemtest::suite! {
         /// Pages all over the file are converted one by one.
         single_pages_are_converted[SIZES];
 
-        /// A private huge folio is one mapping; a shared page in it takes the level away, and it comes back.
+        /// A private huge folio is one mapping; a shared page in it takes the level away, and it comes back when the folio is
+        /// whole. In a TD it does not: what was split stays split.
         mapping_level_is_reached_lost_and_regained[LEVELS] needs [KvmStats];
 
         /// Contents stay through a split and the merge after it, but for what a TD accepts anew.
@@ -330,6 +331,9 @@ fn mapping_level_is_reached_lost_and_regained(cx: &Context, &size: &FolioSize) -
         vm.claim_guest(P, Side::Private, 0)?;
         claim_eq!(levels(&*vm.vm)?, (0, 0), "a TD's mapping that was split stays split");
         claim_ok!(vm.gmem.punch_hole(0, size.bytes()));
+        vm.guest_write(P, Side::Private, 2)?;
+        claim_eq!(levels(&*vm.vm)?, (0, 0), "also when its pages were taken: KVM does not promote");
+        return Ok(());
     }
     vm.guest_write(P, Side::Private, 2)?;
     claim_eq!(levels(&*vm.vm)?, whole, "when nothing of it is shared any more");

@@ -160,7 +160,10 @@ impl World {
             let inside = block >= slot.base_gfn && block + size <= slot.end_gfn();
             let alike = slot.pgoff % size == slot.base_gfn % size;
             let free = !is_td
-                || (state.mirror.in_range(block, block + size).is_empty() && !state.huge_inhibited.contains(&block));
+                || (state.mirror.in_range(block, block + size).is_empty()
+                    && !state.huge_inhibited.contains(&block)
+                    // A table stays in the S-EPT once it is there: KVM neither removes it nor promotes what it maps.
+                    && !state.td.as_ref().is_some_and(|td| td.tables.contains_key(&(1, block))));
             size <= pages && inside && alike && free && !self.is_mixed(vm, block, block + size)
         };
         let largest: &[Order] = if is_td { &[Order::Pmd] } else { &[Order::Pud, Order::Pmd] };
