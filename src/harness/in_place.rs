@@ -124,7 +124,7 @@ impl InPlaceVm {
     /// The guest-physical address with which the guest reaches byte `at` as memory of `side`.
     pub fn gpa(&self, at: u64, side: Side) -> u64 {
         let bit = if side == Side::Shared { self.vm.shared_bit() } else { 0 };
-        InPlaceVm::GPA + at | bit
+        (InPlaceVm::GPA + at) | bit
     }
 
     /// KVM_SET_MEMORY_ATTRIBUTES2.

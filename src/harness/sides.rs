@@ -116,7 +116,7 @@ impl TwoSided {
     /// The guest-physical address with which the guest reaches byte `at` as memory of `side`.
     pub fn gpa(&self, at: u64, side: Side) -> u64 {
         let bit = if side == Side::Shared { self.vm().shared_bit() } else { 0 };
-        TwoSided::GPA + at | bit
+        (TwoSided::GPA + at) | bit
     }
 
     /// Converts a range.
