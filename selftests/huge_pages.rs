@@ -427,7 +427,9 @@ const ALREADY_ACCEPTED_2M: u64 = 0x0000_0B0A_0000_0001;
 const SIZE_MISMATCH: u64 = 0xC000_0B0B;
 
 /// The state, the level that is accepted, the upper half or the whole of the status, and the splits.
-const ACCEPTS: &[(&str, (Block, u8, u64, usize))] = &[
+type Accept = (Block, u8, u64, usize);
+
+const ACCEPTS: &[(&str, Accept)] = &[
     ("base_page_of_nothing", (Block::Empty, 0, 0, 0)),
     ("block_of_nothing", (Block::Empty, 1, 0, 0)),
     ("base_page_of_a_pending_block", (Block::Pending, 0, 0, 1)),
@@ -437,7 +439,7 @@ const ACCEPTS: &[(&str, (Block, u8, u64, usize))] = &[
     ("block_of_base_pages", (Block::Small, 1, SIZE_MISMATCH << 32, 0)),
 ];
 
-fn accept_at_another_level(cx: &Context, &(block, level, status, splits): &(Block, u8, u64, usize)) -> TestResult {
+fn accept_at_another_level(cx: &Context, &(block, level, status, splits): &Accept) -> TestResult {
     let mut vm = InPlaceVm::of_folios(cx, FolioSize::Pmd, MIB2, Side::Private)?;
     let Some(module) = cx.machine().tdx_module() else { gmemtest::skip!(NoHardwareInjection, "no module to look at") };
     let base = InPlaceVm::GPA;

@@ -52,7 +52,7 @@ const WRONG: &[(&str, Argument)] = &[
     ("size_zero", Argument { size: 0, ..GOOD }),
     ("size_zero_at_the_end", Argument { offset: PAGES * P, size: 0, ..GOOD }),
     ("range_wraps", Argument { offset: P, size: P.wrapping_neg(), ..GOOD }),
-    ("range_wraps_past_zero", Argument { offset: P, size: u64::MAX & !(P - 1), ..GOOD }),
+    ("range_wraps_past_zero", Argument { offset: P, size: !(P - 1), ..GOOD }),
     ("unaligned_offset", Argument { offset: 1, ..GOOD }),
     ("unaligned_size", Argument { size: P + 1, ..GOOD }),
     ("size_below_a_page", Argument { size: 1, ..GOOD }),
