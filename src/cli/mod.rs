@@ -10,6 +10,7 @@ mod list;
 mod list_machines;
 pub mod machines;
 mod matrix;
+mod mutants;
 mod policies;
 mod probe;
 mod run;
@@ -24,7 +25,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::harness::child::run_claim;
 use crate::harness::exit::ExitStyle;
-use crate::harness::{Suite, wire};
+use crate::harness::{Suite, mutation, wire};
 use crate::rig;
 use failure::Failure;
 use machines::Machines;
@@ -57,6 +58,8 @@ enum Command {
     Bisect(Box<bisect::BisectArguments>),
     /// Compare two results: what newly fails, what is fixed, what changed. Exits with 1 when anything newly fails.
     Compare(compare::CompareArguments),
+    /// Run the tests against every switchable defect of the model. Exits with 1 when one survives.
+    Mutants(mutants::MutantsArguments),
     /// Print a completion script for a shell.
     #[command(hide = true)]
     Completions(generate::CompletionsArguments),
@@ -91,6 +94,7 @@ pub fn main(suites: &[&'static Suite]) -> ExitCode {
             Command::Matrix(options) => matrix::matrix(&options, suites, machines),
             Command::Bisect(options) => bisect::bisect(&options, suites, machines),
             Command::Compare(options) => compare::compare(&options),
+            Command::Mutants(options) => mutants::mutants(&options, suites),
             Command::Vm(options) => vm::vm(&options, suites, machines),
             Command::Policies(options) => policies::policies(&options),
             Command::Seam(options) => seam::seam(&options),
@@ -132,6 +136,9 @@ fn with_arguments(
     if arguments.get(1).is_some_and(|first| first == wire::CLAIM_ARGUMENT) {
         let rest: Vec<String> = arguments[2..].iter().map(|text| text.to_string_lossy().into_owned()).collect();
         return run_claim(&rest, suites, machines.open);
+    }
+    if arguments.get(1).is_some_and(|first| first == mutation::WORKER_ARGUMENT) {
+        return mutation::worker(suites, machines.open);
     }
     let style = exit_style(&arguments);
     command(arguments).unwrap_or_else(|failure| failure.report(style))

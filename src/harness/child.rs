@@ -96,7 +96,8 @@ fn judged(claim: &Claim, spec: &MachineSpec, seed: Seed, open: Opener, notes: &B
     (verdict, micros)
 }
 
-fn run(claim: &Claim, context: &Context<'_>) -> TestResult {
+/// Runs a claim on the machine of `context`, when the machine has what it needs.
+pub(super) fn run(claim: &Claim, context: &Context<'_>) -> TestResult {
     for &need in claim.suite.needs.iter().chain(claim.test.needs) {
         context.require(need)?;
     }
@@ -124,7 +125,8 @@ fn catch_panics() {
     }));
 }
 
-fn panic_text(payload: &dyn std::any::Any) -> String {
+/// What a panic said.
+pub(super) fn panic_text(payload: &dyn std::any::Any) -> String {
     let owned = payload.downcast_ref::<String>().map(String::as_str);
     owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a value that is not text").to_owned()
 }

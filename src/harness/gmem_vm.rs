@@ -26,6 +26,14 @@ pub enum Side {
 }
 
 impl Side {
+    /// The other one.
+    pub fn other(self) -> Side {
+        match self {
+            Side::Shared => Side::Private,
+            Side::Private => Side::Shared,
+        }
+    }
+
     /// The KVM_MEMORY_ATTRIBUTE_* bits of the side.
     pub fn attributes(self) -> u64 {
         match self {

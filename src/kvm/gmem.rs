@@ -111,6 +111,17 @@ impl GuestMemfd for KvmGuestMemfd {
         }
     }
 
+    fn convert_words(&self, words: &mut [u64; 16]) -> Result<(), Errno> {
+        let [offset, size, attributes, flags, error_offset, reserved @ ..] = *words;
+        let mut argument = KvmMemoryAttributes2 { offset, size, attributes, flags, error_offset, reserved };
+        // SAFETY: the structure is the ioctl's and holds no pointers.
+        let result = unsafe { ioctl::with_struct(&self.fd, KVM_SET_MEMORY_ATTRIBUTES2, &mut argument) };
+        let KvmMemoryAttributes2 { offset, size, attributes, flags, error_offset, reserved } = argument;
+        words[..5].copy_from_slice(&[offset, size, attributes, flags, error_offset]);
+        words[5..].copy_from_slice(&reserved);
+        result.map(drop)
+    }
+
     fn map(&self, len: u64, offset: u64, protection: Protection) -> Result<Box<dyn Mapping>, Errno> {
         Ok(Box::new(KvmMapping::of_file(&self.fd, len, offset, protection)?))
     }

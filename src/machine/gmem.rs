@@ -141,6 +141,12 @@ pub trait GuestMemfd: Send + Sync {
     /// KVM_SET_MEMORY_ATTRIBUTES2 on the file: converts a range in place. Out of tree as of 7.3.
     fn convert(&self, offset: u64, len: u64, attributes: u64) -> Result<(), ConvertError>;
 
+    /// KVM_SET_MEMORY_ATTRIBUTES2 with every word of its argument: offset, size, attributes, flags, error_offset and eleven
+    /// reserved ones, written back as the kernel writes them. ENOTTY where there is no such ioctl.
+    fn convert_words(&self, _words: &mut [u64; 16]) -> Result<(), Errno> {
+        Err(Errno::ENOTTY)
+    }
+
     /// mmap(2): `len` bytes from `offset`.
     fn map(&self, len: u64, offset: u64, protection: Protection) -> Result<Box<dyn Mapping>, Errno>;
 

@@ -1,6 +1,7 @@
 //! KVM_SET_MEMORY_ATTRIBUTES2 on the file: conversion in place, as posted ("guest_memfd: in-place conversion", v8).
 
 use super::super::World;
+use super::super::host::Cpu;
 use super::super::mmu::ZapFilter;
 use super::super::mmu::tdx::unmap::ZapContext;
 use super::super::mutant::Mutant;
@@ -36,10 +37,17 @@ impl World {
         let (vm, inode) = (open.vm, open.inode);
         let has_private_memory = self.vms.get(&vm).is_some_and(|vm| vm.vm_type.has_private_memory());
         let end = offset.checked_add(len);
-        let aligned = offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+        let aligned = (offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE))
+            || self.mutant(Mutant::ConvertIgnoresAlignment);
         let size = self.gmem.inodes[&inode].size;
         let inside = end.is_some_and(|end| end <= size) || self.mutant(Mutant::ConvertIgnoresSize);
-        if !has_private_memory || attributes & !KVM_MEMORY_ATTRIBUTE_PRIVATE != 0 || len == 0 || !aligned || !inside {
+        let has_private_memory = has_private_memory || self.mutant(Mutant::ConvertOnDefaultVm);
+        let unknown = attributes & !KVM_MEMORY_ATTRIBUTE_PRIVATE;
+        let unknown = if self.mutant(Mutant::ConvertIgnoresAttributes) { 0 } else { unknown };
+        if len == 0 && self.mutant(Mutant::ConvertAcceptsNothing) {
+            return Ok(());
+        }
+        if !has_private_memory || unknown != 0 || len == 0 || !aligned || !inside {
             return Err(Errno::EINVAL.into());
         }
         let (first, last) = (offset / PAGE_SIZE, (offset + len) / PAGE_SIZE);
@@ -54,7 +62,47 @@ impl World {
             self.convert_to_shared(inode, first, last)
         };
         self.gmem_invalidate_end(invalidated);
-        converted
+        self.spoil_pages(inode, first, last);
+        converted.map_err(|error| {
+            let hidden = self.mutant(Mutant::ConvertNeverReports);
+            ConvertError { offset: error.offset.filter(|_| !hidden), ..error }
+        })
+    }
+
+    /// What defects do to the pages of a converted range: the real call leaves them alone.
+    fn spoil_pages(&mut self, inode: InodeId, first: u64, last: u64) {
+        if self.mutant(Mutant::ConvertFrees) {
+            self.gmem_truncate(inode, first, last);
+        }
+        if self.mutant(Mutant::ConvertAllocates) {
+            for index in first..last {
+                // A page that cannot be had is missing, as it was.
+                let _ = self.gmem_get_folio(inode, index, Cpu::Host);
+            }
+        }
+        if self.mutant(Mutant::ConvertZeroes) {
+            for (_, pfn) in self.gmem_folios(inode, first, last) {
+                self.zero_folio(pfn);
+            }
+        }
+    }
+
+    /// KVM_SET_MEMORY_ATTRIBUTES2 with every word of its argument: the flags and the reserved words come before the rest.
+    ///
+    /// # Errors
+    /// As [`World::gmem_convert`].
+    pub fn gmem_convert_words(&mut self, file: FileId, words: &[u64; 16]) -> Result<(), ConvertError> {
+        let [offset, size, attributes, flags, _, reserved @ ..] = words;
+        let flags_count = *flags != 0 && !self.mutant(Mutant::ConvertIgnoresFlags);
+        let reserved_count = *reserved != [0; 11] && !self.mutant(Mutant::ConvertIgnoresReserved);
+        if self.profile.kernel.converts_in_place() && (flags_count || reserved_count) {
+            return Err(Errno::EINVAL.into());
+        }
+        let result = self.gmem_convert(file, *offset, *size, *attributes);
+        if self.mutant(Mutant::ConvertAlwaysReports) {
+            return result.map_err(|error| ConvertError { offset: error.offset.or(Some(*offset)), ..error });
+        }
+        result
     }
 
     fn convert_to_private(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(), ConvertError> {
@@ -62,6 +110,7 @@ impl World {
             self.store_private(inode, first, last, true);
         }
         if !self.mutant(Mutant::ConvertSkipsHostUnmap) {
+            let last = if self.mutant(Mutant::ConvertUnmapsOneShort) { last - 1 } else { last };
             self.gmem_unmap_host(inode, first, last);
         }
         if let Some(index) = self.first_unsafe(inode, first, last) {
@@ -71,6 +120,7 @@ impl World {
             return Err(ConvertError { errno, offset: Some(offset) });
         }
         if !self.mutant(Mutant::ConvertSkipsZap) {
+            let last = if self.mutant(Mutant::ConvertZapsOneShort) { last - 1 } else { last };
             let _ = self.gmem_zap_bindings(inode, first, last, ZapFilter::Shared, ZapContext::Void);
         }
         self.schedule_point(SchedulePoint::ConversionUnmapped, &[Lock::Invalidate(inode)]);
@@ -85,9 +135,24 @@ impl World {
     }
 
     fn convert_to_shared(&mut self, inode: InodeId, first: u64, last: u64) -> Result<(), ConvertError> {
+        if self.mutant(Mutant::ConvertSharedChecksReferences)
+            && let Some(index) = self.first_unsafe(inode, first, last)
+        {
+            return Err(at(Errno::EAGAIN, index));
+        }
+        if self.mutant(Mutant::FailUnmapStoresAnyway) {
+            self.store_private(inode, first, last, false);
+        }
         if !self.mutant(Mutant::ConvertSkipsZap) {
-            self.gmem_zap_bindings(inode, first, last, ZapFilter::Private, ZapContext::Fallible)
-                .map_err(|stuck| at(stuck.errno, stuck.index))?;
+            let end = match () {
+                () if self.mutant(Mutant::ConvertZapsOneShort) => last - 1,
+                () if self.mutant(Mutant::ConvertZapsOneLong) => last + 1,
+                () => last,
+            };
+            let start_only = self.mutant(Mutant::FailUnmapReportsStart);
+            let reported = |index| if start_only { first } else { index };
+            let zapped = self.gmem_zap_bindings(inode, first, end, ZapFilter::Private, ZapContext::Fallible);
+            zapped.map_err(|stuck| at(stuck.errno, reported(stuck.index)))?;
             if let Some(index) = self.policy_still_in_use(inode, first, last) {
                 return Err(at(Errno::EFAULT, index));
             }
@@ -99,7 +164,11 @@ impl World {
     }
 
     fn store_private(&mut self, inode: InodeId, first: u64, last: u64, private: bool) {
-        let last = if self.mutant(Mutant::ConvertOnePageShort) { last - 1 } else { last };
+        let last = match () {
+            () if self.mutant(Mutant::ConvertOnePageShort) => last - 1,
+            () if self.mutant(Mutant::ConvertOnePageLong) => last + 1,
+            () => last,
+        };
         if let Some(node) = self.gmem.inodes.get_mut(&inode) {
             node.set_private(first, last, private);
         }
@@ -115,6 +184,7 @@ impl World {
             return None;
         }
         let mut drained = self.mutant(Mutant::ConvertSkipsDrain);
+        let last = if self.mutant(Mutant::ConvertLooksAtFirstOnly) { first + 1 } else { last };
         for FolioGroup { index, pfn, pages, quiet } in self.gmem_groups(inode, first, last) {
             self.costs.safety_checks += if quiet { pages } else { 1 };
             let pages = pages as u32;
@@ -122,7 +192,11 @@ impl World {
                 continue;
             }
             if !drained {
-                self.host.drain_all_lru();
+                if self.mutant(Mutant::ConvertDrainsOneCpu) {
+                    self.drain_local_lru();
+                } else {
+                    self.host.drain_all_lru();
+                }
                 self.costs.lru_drains += 1;
                 drained = true;
             }

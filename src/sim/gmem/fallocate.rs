@@ -113,10 +113,16 @@ impl World {
         };
         if !self.mutant(Mutant::PunchSkipsZap) {
             let filter = self.punch_filter(inode);
-            let zapped = self.gmem_zap_bindings(inode, first, last, filter, ZapContext::Fallible);
+            let end = if self.mutant(Mutant::PunchZapsOneLong) { last.saturating_add(1) } else { last };
+            let zapped = self.gmem_zap_bindings(inode, first, end, filter, ZapContext::Fallible);
             zapped.map_err(|stuck| stuck.errno)?;
         }
         self.schedule_point(SchedulePoint::PunchUnmapped, &[Lock::Invalidate(inode)]);
+        if self.mutant(Mutant::PunchResetsSide)
+            && let Some(node) = self.gmem.inodes.get_mut(&inode)
+        {
+            node.converted.set(first, last.min(size), false);
+        }
         let (first, last) = self.gmem_punch_huge(inode, first, last.min(MAX_FILE_SIZE / PAGE_SIZE))?;
         self.gmem_truncate(inode, first, last);
         Ok(())

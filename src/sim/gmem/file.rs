@@ -205,7 +205,7 @@ impl World {
                 let gfn = base_gfn + (from - binding.pgoff);
                 self.zap_gfns(vm, gfn, gfn + (to - from), filter, context).map_err(|error| StuckAt {
                     index: binding.pgoff + (error.gfn.max(gfn) - base_gfn),
-                    errno: error.errno,
+                    errno: if self.mutant(Mutant::FailUnmapSaysEagain) { Errno::EAGAIN } else { error.errno },
                 })?;
             }
         }

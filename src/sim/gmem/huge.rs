@@ -5,7 +5,7 @@
 //! them in [`World::freeze_spins`], and gives up with EAGAIN.
 
 use super::super::World;
-use super::super::host::{Order, Pfn, Pool};
+use super::super::host::{Flags, Order, Pfn, Pool};
 use super::super::mutant::Mutant;
 use super::super::profile::{GMEM_FLAG_HUGETLB, GMEM_HUGE_SHIFT, Kernel};
 use super::{FolioGroup, InodeId};
@@ -72,7 +72,7 @@ impl World {
         if let Some(node) = self.gmem.inodes.get_mut(&inode) {
             node.pages.insert(block, order.pages(), pfn, ());
         }
-        if !self.is_block_private(inode, block, order) {
+        if !self.is_block_private(inode, block, order) && !self.mutant(Mutant::SharedFolioStaysWhole) {
             self.split_folio(pfn, order);
         }
         pfn + (index - block)
@@ -81,6 +81,14 @@ impl World {
     fn split_folio(&mut self, pfn: Pfn, order: Order) {
         self.host.frames.split(pfn);
         self.host.allocator.note_split(pfn, order);
+        let lost = match () {
+            () if self.mutant(Mutant::SplitLosesDirty) => Flags::DIRTY,
+            () if self.mutant(Mutant::SplitLosesUptodate) => Flags::UPTODATE,
+            () => Flags::default(),
+        };
+        if lost != Flags::default() {
+            (1..order.pages()).for_each(|i| self.host.frames.clear_flags(pfn + i, lost));
+        }
     }
 
     /// Waits for unexpected references to go; the answer is whether only `expected` are left.
@@ -145,6 +153,9 @@ impl World {
             self.host.frames.merge(pfn, order);
             self.host.frames.set_mapping(pfn, Some((inode, block)));
             self.host.allocator.note_merge(pfn);
+            if self.mutant(Mutant::MergeLosesDirty) {
+                self.host.frames.clear_flags(pfn, Flags::DIRTY);
+            }
         }
         Ok(())
     }
@@ -176,8 +187,10 @@ impl World {
         for (start, end) in edges {
             self.gmem_unmap_host(inode, start, end);
             for index in start..end {
-                if let Some(pfn) = self.gmem_lookup(inode, index) {
-                    self.zero_page(pfn);
+                match self.gmem_lookup(inode, index) {
+                    Some(pfn) if self.mutant(Mutant::PunchPartFrees) => self.zero_folio(pfn),
+                    Some(pfn) if !self.mutant(Mutant::PunchPartKeepsData) => self.zero_page(pfn),
+                    _ => {}
                 }
             }
         }

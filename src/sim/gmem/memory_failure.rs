@@ -18,13 +18,17 @@ impl World {
             return Err(Errno::EHWPOISON);
         }
         let (head, pages) = self.host.frames.extent(pfn);
-        self.host.frames.get(head, Holder::MemoryFailure, 1);
+        if !self.mutant(Mutant::MemoryFailureTakesNoReference) {
+            self.host.frames.get(head, Holder::MemoryFailure, 1);
+        }
         if !self.mutant(Mutant::PoisonFlagLost) {
             self.host.frames.set_flags(head, Flags::HWPOISON);
         }
         self.poison_host_entries(inode, first, first + pages);
         self.iommu_invalidate(inode, first, first + pages);
-        self.gmem_zap_void(inode, first, first + pages);
+        if !self.mutant(Mutant::MemoryFailureKeepsGuestMapping) {
+            self.gmem_zap_void(inode, first, first + pages);
+        }
         Err(Errno::EBUSY)
     }
 

@@ -248,7 +248,9 @@ impl World {
 
     fn hold_refs(&self, id: u64, pfn: Pfn, kind: HoldKind) -> (Holder, u32) {
         match kind {
+            HoldKind::Get if self.mutant(Mutant::GetTakesTwo) => (Holder::Gup(id), 2),
             HoldKind::Get => (Holder::Gup(id), 1),
+            HoldKind::Pin if self.mutant(Mutant::PinCountsOne) => (Holder::Pin(id), 1),
             HoldKind::Pin if self.host.frames.extent(pfn).1 > 1 => (Holder::Pin(id), 1),
             HoldKind::Pin => (Holder::Pin(id), PIN_BIAS),
         }

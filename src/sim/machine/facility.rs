@@ -58,6 +58,9 @@ pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Avai
         Facility::Tdx if vm_type != VmType::Tdx => {
             Availability::absent(SkipKind::Declined, format!("a {} VM is no TD", vm_type.name()), "sim:tdx")
         }
+        Facility::PageAccount | Facility::HoldGet | Facility::HoldPin if profile.frames == FrameModel::PfnMap => {
+            Availability::absent(SkipKind::Declined, "frames=pfnmap has no reference counts", "frames=struct-page")
+        }
         Facility::ModuleInjection if vm_type != VmType::Tdx => {
             Availability::absent(SkipKind::Declined, "there is no TDX module under this machine", "sim:tdx")
         }

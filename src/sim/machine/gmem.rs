@@ -35,6 +35,17 @@ impl GuestMemfd for SimGmem {
         self.shared.with(|world| world.gmem_convert(self.file, offset, len, attributes))
     }
 
+    fn convert_words(&self, words: &mut [u64; 16]) -> Result<(), Errno> {
+        let error = match self.shared.with(|world| world.gmem_convert_words(self.file, words)) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if let Some(offset) = error.offset {
+            words[4] = offset;
+        }
+        Err(error.errno)
+    }
+
     fn map(&self, len: u64, offset: u64, protection: Protection) -> Result<Box<dyn Mapping>, Errno> {
         let addr = self.shared.with(|world| world.gmem_mmap(self.file, len, offset, protection))?;
         Ok(SimMapping::boxed(&self.shared, addr, len))

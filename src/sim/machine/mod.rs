@@ -16,6 +16,7 @@ mod vm;
 
 use super::host::Flags;
 use super::mmu::capabilities::capability;
+use super::mutant::Mutant;
 use super::{FrameModel, Profile, World};
 use crate::machine::{
     Availability, CpuidEntry, Errno, Facility, Family, GuestMemfd, HostMemory, Machine, MachineSpec, Mapping,
@@ -170,7 +171,11 @@ impl Machine for SimMachine {
     }
 
     fn drain_lru(&self) -> Result<(), Errno> {
-        self.shared.with(|world| world.host.drain_all_lru());
+        self.shared.with(|world| {
+            if !world.mutant(Mutant::DrainDoesNothing) {
+                world.host.drain_all_lru();
+            }
+        });
         Ok(())
     }
 

@@ -27,10 +27,14 @@ impl World {
         if attributes & !supported != 0 {
             return Err(Errno::EINVAL);
         }
+        if size == 0 && self.mutant(Mutant::AttributesAcceptNothing) {
+            return Ok(());
+        }
         if size == 0 || address.checked_add(size).is_none() {
             return Err(Errno::EINVAL);
         }
-        if !address.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) {
+        let aligned = address.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE);
+        if !aligned && !self.mutant(Mutant::AttributesIgnoreAlignment) {
             return Err(Errno::EINVAL);
         }
         let (first, last) = (address / PAGE_SIZE, (address + size) / PAGE_SIZE);
@@ -45,7 +49,12 @@ impl World {
 
     fn unmap_and_store(&mut self, vm: VmId, first: u64, mut last: u64, attributes: u64) -> Result<(), Errno> {
         if !self.mutant(Mutant::AttributesSkipZap) {
-            self.zap_for_attributes(vm, first, last, attributes).map_err(|error| error.errno)?;
+            let end = match () {
+                () if self.mutant(Mutant::AttributesZapOneShort) => last - 1,
+                () if self.mutant(Mutant::AttributesZapOneLong) => last + 1,
+                () => last,
+            };
+            self.zap_for_attributes(vm, first, end, attributes).map_err(|error| error.errno)?;
         }
         self.schedule_point(SchedulePoint::ConversionUnmapped, &[Lock::Slots(vm)]);
         if self.mutant(Mutant::AttributesPunch) {
@@ -54,7 +63,8 @@ impl World {
         if self.mutant(Mutant::AttributesOnePageShort) {
             last -= 1;
         }
-        if let Some(state) = self.vms.get_mut(&vm) {
+        let everywhere = self.mutant(Mutant::AttributesOneVmForAll);
+        for (_, state) in self.vms.iter_mut().filter(|(id, _)| **id == vm || everywhere) {
             state.attributes.set(first, last, attributes);
         }
         Ok(())

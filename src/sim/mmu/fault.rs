@@ -78,7 +78,10 @@ impl World {
         let Request { gfn, private, access, .. } = request;
         let memory_fault = |errno| Fault::Memory { errno, private };
         let state = self.vms.get(&vm).ok_or(Fault::Failed(Errno::EIO))?;
-        if state.vm_type.has_private_memory() && private != self.gfn_is_private(vm, gfn) {
+        if state.vm_type.has_private_memory()
+            && private != self.gfn_is_private(vm, gfn)
+            && !self.mutant(Mutant::GuestIgnoresSide)
+        {
             return Err(memory_fault(Errno::EFAULT));
         }
         let Some((_, slot)) = state.slots.at(gfn) else {
@@ -173,14 +176,22 @@ impl World {
     /// in a TD, what is mapped already allow.
     fn max_gmem_order(&self, vm: VmId, slot: &Slot, gfn: u64, pfn: u64) -> Order {
         let (_, pages) = self.host.frames.extent(pfn);
+        let pages = match () {
+            () if self.mutant(Mutant::HugeMappingIgnoresFolio) => pages.max(Order::Pmd.pages()),
+            () if self.mutant(Mutant::HugeMapsSmall) => 1,
+            () => pages,
+        };
         let state = &self.vms[&vm];
         let is_td = state.has_mirror();
         let fits = |order: &Order| {
             let (block, size) = (order.align_down(gfn), order.pages());
             let inside = block >= slot.base_gfn && block + size <= slot.end_gfn();
             let alike = slot.pgoff % size == slot.base_gfn % size;
-            let free =
-                !is_td || (!state.mirror.maps_any(block, block + size) && !state.huge_inhibited.contains(&block));
+            let free = !is_td
+                || (!state.mirror.maps_any(block, block + size)
+                    && !state.huge_inhibited.contains(&block)
+                    // A table stays in the S-EPT once it is there: KVM neither removes it nor promotes what it maps.
+                    && !state.td.as_ref().is_some_and(|td| td.tables.contains_key(&(1, block))));
             size <= pages && inside && alike && free && !self.is_mixed(vm, block, block + size)
         };
         let largest: &[Order] = if is_td { &[Order::Pmd] } else { &[Order::Pud, Order::Pmd] };

@@ -1,7 +1,9 @@
 //! Taking mappings away from guests, and what the host's unmapping means for them.
 
 use super::super::World;
+use super::super::host::Holder;
 use super::super::host::mm::PoisonEntries;
+use super::super::mutant::Mutant;
 use super::VmId;
 use super::tdx::UnmapError;
 use super::tdx::unmap::ZapContext;
@@ -78,6 +80,11 @@ impl World {
     /// slots have their shared side there.
     pub fn unmap_host_range(&mut self, start: u64, end: u64, poison: PoisonEntries) {
         self.notify_guests(start, end);
+        if self.mutant(Mutant::HostUnmapLeaksReference)
+            && let Some(pte) = self.host.mm.pte(start).filter(|pte| !pte.poisoned)
+        {
+            self.host.frames.get(pte.pfn, Holder::Leak, 1);
+        }
         self.host.zap_ptes(start, end, poison);
     }
 

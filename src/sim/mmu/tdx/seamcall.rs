@@ -76,7 +76,11 @@ impl World {
         if state.bugged {
             return;
         }
-        state.bug();
+        if self.profile.mutant == Some(Mutant::BuggedVmLives) {
+            state.bugged = true;
+        } else {
+            state.bug();
+        }
         if self.mutant(Mutant::BugBugsEveryVm) {
             self.vms.values_mut().for_each(crate::sim::mmu::Vm::bug);
         }

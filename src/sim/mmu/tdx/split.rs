@@ -19,10 +19,17 @@ impl World {
     /// # Errors
     /// The mapping that could not be split; the VM is bugged.
     pub fn tdx_split_edges(&mut self, vm: VmId, first: u64, last: u64) -> Result<(), UnmapError> {
-        for edge in [first, last] {
+        let edges = match () {
+            () if self.mutant(Mutant::SplitTailOnly) => vec![last],
+            () if self.mutant(Mutant::SplitHeadOnly) => vec![first],
+            () if self.mutant(Mutant::SplitAllMappings) => (first..=last).collect(),
+            () => vec![first, last],
+        };
+        let inside = self.mutant(Mutant::SplitAllMappings);
+        for edge in edges {
             let Some(state) = self.vms.get(&vm) else { return Ok(()) };
             let Some((gfn, spte)) = state.mirror.get(edge) else { continue };
-            if gfn < edge && spte.order != Order::Base {
+            if (gfn < edge || inside) && spte.order != Order::Base {
                 self.tdx_split_leaf(vm, gfn, spte)?;
             }
         }
@@ -38,8 +45,10 @@ impl World {
         let level = level_of(spte.order);
         let rcx = (gfn * PAGE_SIZE) | u64::from(level);
         let entry = [(Reg::Rcx, rcx), (Reg::Rdx, td.tdr)];
-        let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry).status;
-        self.split_step(vm, gfn, Leaf::MemRangeBlock, blocked)?;
+        if !self.mutant(Mutant::SplitSkipsBlock) {
+            let blocked = self.no_vcpus_call(vm, Leaf::MemRangeBlock, &entry).status;
+            self.split_step(vm, gfn, Leaf::MemRangeBlock, blocked)?;
+        }
         if let Err(status) = self.tdx_track(vm, td) {
             self.tdx_bug_on(vm, Leaf::MemTrack, status);
         }

@@ -64,7 +64,12 @@ impl World {
                 continue;
             };
             let stuck = Stuck { vm, gfn, pfn: spte.pfn, order: spte.order, error, context };
-            self.policy_failed(&stuck)?;
+            if !self.mutant(Mutant::FailedUnmapIsForgotten) {
+                self.policy_failed(&stuck)?;
+            }
+            if self.mutant(Mutant::StuckPageIsUnpinned) {
+                self.policy_unmapped(vm, gfn, spte.pfn, spte.order);
+            }
             if let Some(state) = self.vms.get_mut(&vm) {
                 state.mirror.remove(gfn);
             }
@@ -120,11 +125,13 @@ impl World {
     fn tdx_write_back(&mut self, gfn: u64, pfn: Pfn, order: Order, hkid: u16) -> Result<(), UnmapError> {
         let keyid_shift = 52 - self.tdx_host().module.platform().keyid_bits;
         let keyed = |page: Pfn| (page * PAGE_SIZE) | (u64::from(hkid) << keyid_shift);
-        if order == Order::Pmd && self.tdx_host().module.write_back_large_page(HOST_LP, keyed(pfn)) {
+        let skips = self.mutant(Mutant::UnmapSkipsWriteback);
+        if !skips && order == Order::Pmd && self.tdx_host().module.write_back_large_page(HOST_LP, keyed(pfn)) {
             self.tdx_reset_after_removal(pfn, order);
             return Ok(());
         }
-        for page in pfn..pfn + order.pages() {
+        let pages = if skips { 0 } else { order.pages() };
+        for page in pfn..pfn + pages {
             let written_back = self.tdh(Leaf::PhymemPageWbinvd, &[(Reg::Rcx, keyed(page))]);
             if !written_back.status.is_zero() {
                 let (leaf, status) = (Leaf::PhymemPageWbinvd, written_back.status);
@@ -163,7 +170,8 @@ impl World {
     /// tdh_do_no_vcpus: when busy, every vCPU is kicked out and the call made once more.
     pub(super) fn no_vcpus_call(&mut self, vm: VmId, leaf: Leaf, operands: &[(Reg, u64)]) -> Answer {
         let answer = self.tdh(leaf, operands);
-        if !answer.is_busy() || self.mutant(Mutant::UnmapNeverRetries) {
+        let hard = !answer.is_busy() && !answer.status.is_zero() && self.mutant(Mutant::UnmapRetriesHardErrors);
+        if (!answer.is_busy() && !hard) || self.mutant(Mutant::UnmapNeverRetries) {
             return answer;
         }
         self.kick_vcpus(vm);

@@ -210,10 +210,10 @@ impl Module {
     /// Host store of 8 bytes at `pa`, 8-aligned: a partial write of its line. On a TD's line it clears the TD bit, or with the
     /// partial-write erratum poisons the line silently.
     pub fn host_write(&mut self, pa: u64, value: u64) {
-        if self.host_spoils_control_page(pa, LINE_SIZE) {
+        let at = pa & !(LINE_SIZE - 1);
+        if self.host_spoils_control_page(at, LINE_SIZE) {
             return;
         }
-        let at = pa & !(LINE_SIZE - 1);
         let tag = self.memory.tag(at);
         if self.switches.partial_write_erratum && tag.td {
             self.memory.set_tag(at, LineTag { poison: true, ..tag });
@@ -233,10 +233,10 @@ impl Module {
 
     /// Host MOVDIR64B: replaces the 64-aligned line whole, past the caches; TD bit and poison are gone.
     pub fn host_write_line(&mut self, pa: u64, line: &[u64; 8]) {
-        if self.host_spoils_control_page(pa, LINE_SIZE) {
+        let at = pa & !(LINE_SIZE - 1);
+        if self.host_spoils_control_page(at, LINE_SIZE) {
             return;
         }
-        let at = pa & !(LINE_SIZE - 1);
         self.caches.take((at, 0));
         self.memory.write_line(at, line, LineTag::HOST);
     }
