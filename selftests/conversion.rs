@@ -150,7 +150,9 @@ fn exit_carries_the_arguments(cx: &Context, &[gpa, pages, attributes]: &[u64; 3]
 }
 
 /// The reply, what the guest gets, and what a TD gets: `None` where KVM_RUN is EINVAL.
-const VALUES: &[(&str, (Reply, u64, Option<u64>))] = &[
+type Answer = (Reply, u64, Option<u64>);
+
+const VALUES: &[(&str, Answer)] = &[
     ("nothing", (Reply::None, 0, Some(0))),
     ("zero", (Reply::Hypercall(0), 0, Some(0))),
     ("eagain", (Reply::Hypercall(11), 11, Some(tdvmcall::STATUS_RETRY))),
@@ -159,7 +161,7 @@ const VALUES: &[(&str, (Reply, u64, Option<u64>))] = &[
     ("large", (Reply::Hypercall(0x1234_5678_9ABC_DEF0), 0x1234_5678_9ABC_DEF0, None)),
 ];
 
-fn guest_gets_the_value_of_user_space(cx: &Context, row: &(Reply, u64, Option<u64>)) -> TestResult {
+fn guest_gets_the_value_of_user_space(cx: &Context, row: &Answer) -> TestResult {
     let &(reply, value, status) = row;
     let mut vcpu = vcpu_with(cx, &[ENABLE])?;
     claim_matches!(vcpu.execute(ONE_PAGE), Exit::Hypercall { .. });

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use gmemtest::harness::{Context, Side, TestResult, in_child};
 use gmemtest::machine::{
-    Errno, Exit, Facility, GuestMemfd, GuestOp, HostFault, Mapping, MemoryRegion, PAGE_SIZE, Protection, Reply, Vm,
-    VmConfig,
+    Errno, Exit, Facility, GuestMemfd, GuestOp, HostFault, Mapping, MemoryRegion, PAGE_SIZE, PageAccount, Protection,
+    Reply, Vm, VmConfig,
 };
 use gmemtest::uapi::kvm::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use gmemtest::{claim_eq, claim_err, claim_ok, skip};
@@ -64,6 +64,10 @@ gmemtest::suite! {
         /// MADV_SOFT_OFFLINE cannot move a guest_memfd page: it is EBUSY, and the page stays where it is. A failure
         /// means that a page is moved that the guest's page tables, or the TDX module, hold.
         soft_offline_leaves_the_page_where_it_is;
+
+        /// memory_failure() keeps a reference of its own to the page, while the page is in the file and after a punch took it
+        /// out (get_hwpoison_page()). A failure means that the broken frame goes back to the allocator.
+        memory_failure_keeps_a_reference needs [PageAccount];
 
         /// A guest that touches the page leaves with KVM_EXIT_MEMORY_FAULT and EHWPOISON, and goes on with zeroes once
         /// the page was punched (__kvm_gmem_get_pfn(), kvm_gmem_error_folio()). A failure means that the guest consumes
@@ -269,6 +273,15 @@ fn soft_offline_leaves_the_page_where_it_is(cx: &Context) -> TestResult {
     claim_err!(mapping.advise(P, P, libc::MADV_SOFT_OFFLINE), Errno::EBUSY, "MADV_SOFT_OFFLINE");
     claim_eq!(mapping.find_mismatch(P, P, 0x33), Ok(None), "contents");
     claim_eq!(mapping.frame(P), Ok(poison.frame), "frame");
+    Ok(())
+}
+
+fn memory_failure_keeps_a_reference(cx: &Context) -> TestResult {
+    let ((_vm, gmem), _mapping, poison) = poisoned(cx)?;
+    let holders = |account: Option<PageAccount>| account.and_then(|account| account.held_by("memory-failure"));
+    claim_eq!(holders(cx.machine().page_account(&*gmem, P)?), Some(1), "references of memory_failure() in the file");
+    claim_ok!(gmem.punch_hole(P, P));
+    claim_eq!(holders(cx.machine().frame_account(poison.frame)?), Some(1), "and after a punch");
     Ok(())
 }
 

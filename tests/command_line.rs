@@ -44,7 +44,7 @@ fn what_cannot_be_carried_out_is_one_line_and_exit_2() {
         ),
         (
             &["run", "--strict=config-of"],
-            "gmemtest: --strict=config-of: 'config-of': expected one of unsupported-kernel, config-off, no-hardware, no-privilege, declined",
+            "gmemtest: --strict=config-of: 'config-of': expected one of unsupported-kernel, config-off, no-hardware, no-hardware-injection, no-privilege, declined",
         ),
         (
             &["run", "--seed", "x"],
