@@ -1,8 +1,9 @@
 //! Every claim of every suite on simulated machines, in this process: nothing may fail.
 //!
 //! A claim that can be asked passes; one that cannot is a typed skip. Every `kernel=` and every `policy=` has its turn, and so
-//! has each further option; GMEMTEST_ALL_MACHINES=1 takes every combination that `list --machines` has, which takes minutes. No
-//! process is started for a claim, and claims that need no guest are left out where only the policy differs.
+//! has each further option; GMEMTEST_ALL_MACHINES=1 asks every claim of every combination that `list --machines` has, which takes minutes. No
+//! process is started for a claim, claims that need no guest are left out where only the policy differs, where the others are a sample, and rows
+//! on folios of 1 GiB are left out: they take minutes without optimisation (`gmemtest run` has them).
 
 #[path = "../src/main.rs"]
 #[expect(dead_code, reason = "main is the command's")]
@@ -69,9 +70,17 @@ const REPRESENTATIVES: &[&str] = &[
     "sim:tdx,kernel=6.16,pending=exit",
 ];
 
+/// Of the claims that depend on the policy, one in so many is asked of a machine that differs in nothing else: the whole of
+/// them takes minutes without optimisation.
+const SAMPLE: usize = 8;
+
+fn asks_everything() -> bool {
+    std::env::var("GMEMTEST_ALL_MACHINES").is_ok_and(|value| value == "1")
+}
+
 fn machines() -> Vec<MachineSpec> {
     let all = combinations();
-    if std::env::var("GMEMTEST_ALL_MACHINES").is_ok_and(|value| value == "1") {
+    if asks_everything() {
         return all;
     }
     let specs: Vec<MachineSpec> = REPRESENTATIVES.iter().map(|text| text.parse().expect("a spec")).collect();
@@ -95,14 +104,18 @@ fn depends_on_policy(claim: &Claim) -> bool {
 
 /// Every claim on every machine, by several threads; the ends by machine.
 fn ask_all(specs: &[MachineSpec]) -> BTreeMap<MachineSpec, Vec<(String, End)>> {
-    let all = claims(command::SUITES);
+    let all: Vec<Claim> = claims(command::SUITES).into_iter().filter(|claim| !claim.name.ends_with("1_gib")).collect();
     let known = gmemtest::harness::known::KnownIssues::embedded().expect("the table of known issues");
+    let everything = asks_everything();
     let errands: Vec<(&MachineSpec, &Claim)> = specs
         .iter()
-        .flat_map(|spec| {
+        .enumerate()
+        .flat_map(|(at, spec)| {
             let same =
                 spec.option("policy").is_some_and(|policy| policy != "bug-vm") || spec.option("pending").is_some();
-            all.iter().filter(move |claim| !same || depends_on_policy(claim)).map(move |claim| (spec, claim))
+            let every = if same && !everything { SAMPLE } else { 1 };
+            let asked = all.iter().filter(move |claim| !same || depends_on_policy(claim));
+            asked.skip(at % every).step_by(every).map(move |claim| (spec, claim))
         })
         .collect();
     let next = AtomicUsize::new(0);

@@ -46,14 +46,14 @@ fn every_machine_is_tried_without_a_mutant_first() {
 
 #[test]
 fn a_mutant_that_no_claim_can_see_survives_and_the_exit_code_is_1() {
-    let output = output(gmemtest().args(["mutants", "stat-counts-blocks", "cachestat-off", "--claim", "gmem_file"]));
+    let output = output(gmemtest().args(["mutants", "stat-counts-blocks", "poison-flag-lost", "--claim", "gmem_file"]));
     assert_eq!(code(&output), 1);
     let text = stdout(&output);
     assert!(text.contains("\nkilled   stat-counts-blocks on sim:default by gmem_file::"), "{text}");
-    let survivor = "\nSURVIVES cachestat-off-by-one: cachestat counts one page more. (";
+    let survivor = "\nSURVIVES poison-flag-lost: Memory failure does not mark the page. (";
     assert!(text.contains(survivor), "{text}");
     let last = text.lines().last().unwrap();
-    assert!(last.starts_with("2 mutants, 1 killed, 1 survive: cachestat-off-by-one ("), "{last}");
+    assert!(last.starts_with("2 mutants, 1 killed, 1 survive: poison-flag-lost ("), "{last}");
 }
 
 #[test]

@@ -26,6 +26,9 @@ pub struct Worker {
     said: Receiver<Said>,
 }
 
+/// How long a worker may take to start, and from one claim to the next; a claim has a limit of its own.
+const BETWEEN_CLAIMS: Duration = Duration::from_secs(60);
+
 impl Worker {
     /// Starts this program again as a worker. The process is killed with the thread that calls this.
     ///
@@ -72,7 +75,8 @@ impl Worker {
         self.input.write_all(&line)?;
         let mut running: Option<(usize, Instant)> = None;
         loop {
-            let deadline = running.map_or_else(Instant::now, |(_, since)| since) + limit;
+            let deadline =
+                running.map_or_else(|| Instant::now() + BETWEEN_CLAIMS.max(limit), |(_, since)| since + limit);
             match self.said.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Said::Begin(index)) => running = Some((index, Instant::now())),
                 Ok(Said::End(index, finding)) => {

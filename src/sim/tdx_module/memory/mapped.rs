@@ -152,7 +152,10 @@ mod tests {
         memory.update_u64(0x1000, 0xFF00, 0x1234);
         assert_eq!(memory.read_u64(0x1000), 0x1207);
         memory.copy_page(0x1000, 0, LineTag::private(32));
-        assert_eq!((memory.read_u64(0), memory.tag(0), memory.tag(0x1000)), (0x1207, LineTag::private(32), LineTag::HOST));
+        assert_eq!(
+            (memory.read_u64(0), memory.tag(0), memory.tag(0x1000)),
+            (0x1207, LineTag::private(32), LineTag::HOST)
+        );
         assert!(MappedMemory::new(&file, &[Window { pa: 0, len: 1, offset: 0 }]).is_err());
     }
 }
