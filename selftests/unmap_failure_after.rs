@@ -48,7 +48,7 @@ gmemtest::suite! {
 
         /// A shared page of the range that user space holds is EAGAIN at its own offset, whatever else failed, and is not
         /// taken for the one that the module has.
-        held_neighbour_is_eagain_and_the_stuck_page_is_not[HOLDS] needs [InPlaceConversion]
+        held_neighbour_is_eagain_and_the_stuck_page_is_not[HOLDS] needs [InPlaceConversion, HoldGet, HoldPin]
             allows ["SEAMCALL", "WARNING"];
 
         /// A new page waits in a per-CPU batch for its LRU list and has a reference more meanwhile. It is no reason for
@@ -57,7 +57,7 @@ gmemtest::suite! {
 
         /// A conversion that races with a punch, another conversion, the guest's and the host's accesses while a page is
         /// held now and then returns 0, EAGAIN or ENOMEM, and nothing else; afterwards the TD is well and the module sound.
-        racing_conversions_are_ok_eagain_or_enomem[RACES] needs [InPlaceConversion];
+        racing_conversions_are_ok_eagain_or_enomem[RACES] needs [InPlaceConversion, HoldGet];
 
         /// Conversion or punch of a part of a 2M page splits the mapping first. A split that fails is reported under every
         /// policy, EIO, with nothing converted or punched and the VM bugged: it comes before anything that cannot be
