@@ -134,6 +134,12 @@ impl World {
         match answer.status {
             _ if self.tdx_host().module.running(lp) == Some(tdvpr) => Ok(lp),
             status if status.is(Code::OperandBusy) => Err(Fault::Retry),
+            // Suspected of single-stepping, the module exits on the listed address before the guest runs.
+            status if status == Status::new(Code::Success, exit_reason::EPT_VIOLATION) => {
+                let gfn = answer.regs.r8 / PAGE_SIZE;
+                self.handle_fault(vm, Request { gfn, private: true, access: Access::Write, origin: Origin::Guest })?;
+                Err(Fault::Retry)
+            }
             status => Err(Fault::exit(unexpected(status))),
         }
     }
