@@ -115,6 +115,9 @@ impl Module {
 
     /// With suspected GPAs, takes the tree lock and looks whether they are mapped by now; if not, returns an EPT violation that the
     /// guest has not had.
+    ///
+    /// A page that waits for its acceptance counts as mapped: the host has done what it can, and a guest that is not let in can never
+    /// accept it. Inferred; spec 9.8 says only that the translation must not fail.
     fn filter_zero_step(&mut self, call: &mut Call, tdvpr: u64, tdr: u64) -> Result<(), Stop> {
         let suspects = self.vcpu_ref(tdvpr)?.epf_list.clone();
         if suspects.is_empty() {
@@ -125,7 +128,9 @@ impl Module {
         let td = self.td_ref(tdr)?;
         let unmapped = suspects.into_iter().find(|gpa| {
             let found = walk::walk_to_leaf(&*self.memory, td.root_pa, td.root_level, *gpa);
-            found.map_or(true, |at| at.entry.rwx() != SeptEntry::RWX)
+            let (Ok(at) | Err(at)) = found;
+            let pending = at.entry.state().is_some_and(|state| state.acceptable());
+            !pending && (found.is_err() || at.entry.rwx() != SeptEntry::RWX)
         });
         let Some(gpa) = unmapped else { return Ok(()) };
         let status = Status::new(Code::Success, exit_reason::EPT_VIOLATION);
