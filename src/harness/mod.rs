@@ -24,6 +24,7 @@ pub mod judge;
 pub mod known;
 mod memcg;
 pub mod mutation;
+mod needs;
 pub mod outcome;
 pub mod plan;
 pub mod private_td;
