@@ -120,7 +120,7 @@ pub fn run(info: &RunInfo, plan: &Plan, options: &mut Options, listener: &mut dy
     for remark in &remarks {
         listener.hear(&Event::Remark(remark))?;
     }
-    let how = How::best(options.jobs, options.open);
+    let how = How::best(options.open);
     let mut runner = Runner {
         info,
         options,
@@ -349,9 +349,9 @@ impl Runner<'_> {
     }
 
     fn finish(&mut self, mut test: Active<'_>, end: End, others: &[Active<'_>]) {
-        let pids: Vec<i32> = others.iter().map(|other| other.process.pid()).collect();
+        let beside: Vec<&Running> = others.iter().map(|other| &other.process).collect();
         let mut record = test.record;
-        record.leftovers = test.process.clear_away(&pids, &self.ours_before);
+        record.leftovers = test.process.clear_away(&beside, &self.ours_before);
         record.duration_us = microseconds(test.process.started.elapsed());
         record.stdout = test.process.stdout.capture.output();
         record.stderr = test.process.stderr.capture.output();
