@@ -55,7 +55,7 @@ const EVENTS: &[(&str, Event)] = &[
 fn words(event: Event) -> &'static str {
     match event {
         Event::Convert => "conversion to shared",
-        Event::Punch => "punch hole",
+        Event::Punch => "punch",
         Event::Close => "close of the file",
         Event::DeleteSlot => "deletion of the slot",
         Event::Destroy => "close of the VM",

@@ -3,9 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-use nix::unistd::Pid;
-
+use super::OneCpu;
 use crate::machine::{
     Errno, GuestMemfd, HostMemory, Machine, Mapping, MemoryAttributes, MemoryRegion, ModuleCall, ModuleFault,
     PAGE_SIZE, PageAccount, TdxModule, Vcpu, Vm, VmConfig,
@@ -172,28 +170,6 @@ fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFa
         references: before.as_ref().zip(failed.as_ref()).map(|(before, failed)| (before.refs, failed.refs)),
         pinned: before.as_ref().and_then(|account| account.held_by("sept-pin")).map(|pins| pins > 0),
     })
-}
-
-/// Keeps the calling thread on the CPU it runs on, until it is dropped.
-struct OneCpu(Option<CpuSet>);
-
-impl OneCpu {
-    fn stay() -> OneCpu {
-        let this = Pid::from_raw(0);
-        let before = sched_getaffinity(this).ok();
-        let mut only = CpuSet::new();
-        let stays = sched_getcpu().and_then(|cpu| only.set(cpu)).and_then(|()| sched_setaffinity(this, &only));
-        OneCpu(before.filter(|_| stays.is_ok()))
-    }
-}
-
-impl Drop for OneCpu {
-    fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            // The mask was this thread's own: only a CPU that went offline meanwhile could be in the way.
-            let _ = sched_setaffinity(Pid::from_raw(0), before);
-        }
-    }
 }
 
 /// Conversion of the page, by the VM where it keeps the attributes, by the file where that does.

@@ -3,7 +3,7 @@
 use super::facility::Facilities;
 use super::mapping::KvmMapping;
 use super::vm::KvmVm;
-use super::{ioctl, page, vm};
+use super::{ioctl, kcore, page, vm};
 use crate::machine::{
     Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, TdxModule,
     Vm, VmConfig, VmType,
@@ -109,6 +109,10 @@ impl Machine for KvmMachine {
 
     fn page_map_count(&self, frame: u64) -> Result<u64, Errno> {
         page::map_count(frame)
+    }
+
+    fn page_references(&self, frame: u64) -> Result<u32, Errno> {
+        kcore::references(frame)
     }
 
     fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {
