@@ -1,6 +1,9 @@
 //! What KVM asks of the TDX module for each operation.
 
 use gmemtest::harness::{Context, GmemVm, Td, TdMemory, TestResult, init_mem_region, set_cpuid};
+use gmemtest::inject::seamcall::{
+    AUG as PAGE_AUG, BLOCK as RANGE_BLOCK, MNG_CREATE, RECLAIM, REMOVE as PAGE_REMOVE, SEPT_ADD, TRACK, WBINVD,
+};
 use gmemtest::machine::{
     Exit, FaultWhen, GuestOp, MemoryAttributes, MemoryRegion, ModuleCall, ModuleFault, PAGE_SIZE, Reply, TdxAnswer,
     TdxCommand, TdxData, TdxModule, Vcpu,
@@ -64,22 +67,14 @@ gmemtest::suite! {
 
 const MNG_ADDCX: u16 = 1;
 const PAGE_ADD: u16 = 2;
-const SEPT_ADD: u16 = 3;
 const VP_ADDCX: u16 = 4;
-const PAGE_AUG: u16 = 6;
-const RANGE_BLOCK: u16 = 7;
 const KEY_CONFIG: u16 = 8;
-const MNG_CREATE: u16 = 9;
 const VP_CREATE: u16 = 10;
 const MR_EXTEND: u16 = 16;
 const MR_FINALIZE: u16 = 17;
 const KEY_FREEID: u16 = 20;
 const MNG_INIT: u16 = 21;
 const VP_INIT: u16 = 22;
-const RECLAIM: u16 = 28;
-const PAGE_REMOVE: u16 = 29;
-const TRACK: u16 = 38;
-const WBINVD: u16 = 41;
 
 /// VP.ENTER, VP.FLUSH, and reads and writes of metadata: MNG.RD, PHYMEM.PAGE.RDMD, VP.RD, VP.WR.
 const LEFT_OUT: [u16; 6] = [0, 18, 11, 24, 26, 43];
