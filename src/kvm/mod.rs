@@ -24,6 +24,7 @@ mod hold;
 mod host_access;
 mod host_facility;
 mod ioctl;
+mod kcore;
 mod kick;
 mod mapping;
 mod page;

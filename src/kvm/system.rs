@@ -3,7 +3,7 @@
 use super::facility::Facilities;
 use super::mapping::KvmMapping;
 use super::vm::KvmVm;
-use super::{ioctl, page, vm};
+use super::{ioctl, kcore, page, vm};
 use crate::machine::{
     Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, TdxModule,
     Vm, VmConfig, VmType,
@@ -21,11 +21,8 @@ pub struct KvmMachine {
     spec: MachineSpec,
     release: Release,
     kvm: Result<Arc<Kvm>, Errno>,
-    module: Option<ModuleAccess>,
+    module: Option<Arc<dyn TdxModule>>,
 }
-
-/// Gives access to the TDX module under a machine, where there is a way to it.
-pub type ModuleAccess = fn() -> Option<Arc<dyn TdxModule>>;
 
 /// What was found out, by VM type: the kernel does not change under a process, nor under the forks that tests run in.
 static FOUND: [OnceLock<Facilities>; VmType::Tdx as usize + 1] = [const { OnceLock::new() }; VmType::Tdx as usize + 1];
@@ -42,7 +39,7 @@ impl KvmMachine {
     }
 
     /// The same machine under the name `spec`, with a way to its TDX module.
-    pub fn with_module(self, spec: MachineSpec, module: ModuleAccess) -> KvmMachine {
+    pub fn with_module(self, spec: MachineSpec, module: Arc<dyn TdxModule>) -> KvmMachine {
         KvmMachine { spec, module: Some(module), ..self }
     }
 
@@ -114,8 +111,12 @@ impl Machine for KvmMachine {
         page::map_count(frame)
     }
 
+    fn page_references(&self, frame: u64) -> Result<u32, Errno> {
+        kcore::references(frame)
+    }
+
     fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {
-        self.module.and_then(|module| module())
+        self.module.clone()
     }
 
     fn drain_lru(&self) -> Result<(), Errno> {
