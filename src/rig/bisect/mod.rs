@@ -5,6 +5,7 @@
 //! every verdict in a [`log`], from which an interrupted bisection goes on. [`rigged`] runs the tests in a kernel under
 //! QEMU, [`host`] on another machine that is made to boot the kernel.
 
+mod child;
 mod host;
 mod log;
 mod rigged;

@@ -5,19 +5,21 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Judged, Log, Trial, Verdict};
+use super::{Judged, Log, Trial, Verdict, child};
 use crate::rig::boot_image::BootImage;
+use crate::rig::stop::StopSignal;
 
 /// The config fragments of scripts/config, by name.
-pub const FRAGMENTS: [(&str, &str); 4] = [
+pub const FRAGMENTS: [(&str, &str); 5] = [
     ("base", include_str!("../../../scripts/config/base.config")),
     ("coco", include_str!("../../../scripts/config/coco.config")),
     ("debug", include_str!("../../../scripts/config/debug.config")),
     ("fault", include_str!("../../../scripts/config/fault.config")),
+    ("tdx-sim", include_str!("../../../scripts/config/tdx-sim.config")),
 ];
 
 /// How a kernel is built.
@@ -27,6 +29,8 @@ pub struct BuildOptions {
     pub config: Option<PathBuf>,
     /// Names of [`FRAGMENTS`], or paths.
     pub fragments: Vec<String>,
+    /// Patches that every revision gets before it is built, in their order.
+    pub patches: Vec<PathBuf>,
     /// make -j.
     pub jobs: usize,
 }
@@ -69,6 +73,10 @@ impl Tree {
         for name in &options.fragments {
             fragment(name)?;
         }
+        let absolute =
+            |path: &PathBuf| path.canonicalize().with_context(|| format!("--patch {}: cannot be read", path.display()));
+        let patches = options.patches.iter().map(absolute).collect::<Result<_>>()?;
+        let options = BuildOptions { patches, ..options };
         fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))?;
         let out = out.canonicalize().with_context(|| format!("--out {}", out.display()))?;
         let tree = Tree { worktree: out.join("tree"), build: out.join("build"), repository, options };
@@ -151,9 +159,12 @@ impl Tree {
     /// Builds what is checked out; the run without a result says why it cannot be built.
     ///
     /// # Errors
-    /// When make cannot be started, or the configuration cannot be written.
-    pub fn build(&self, commit: &str) -> Result<std::result::Result<BootImage, Judged>> {
+    /// When make cannot be started or was stopped by a signal, or the configuration cannot be written.
+    pub fn build(&self, commit: &str, stop: &StopSignal) -> Result<std::result::Result<BootImage, Judged>> {
         fs::create_dir_all(&self.build).context("the build directory")?;
+        if let Some(failed) = self.patch(commit, stop)? {
+            return Ok(Err(failed));
+        }
         let config = self.build.join(".config");
         let steps: &[&[&str]] = match &self.options.config {
             Some(_) => &[&["olddefconfig"]],
@@ -163,16 +174,16 @@ impl Tree {
             fs::copy(given, &config).with_context(|| format!("--config {}", given.display()))?;
         }
         for targets in steps {
-            if let Some(failed) = self.make(commit, targets)? {
+            if let Some(failed) = self.make(commit, targets, stop)? {
                 return Ok(Err(failed));
             }
         }
-        if let Some(failed) = self.merge(commit)? {
+        if let Some(failed) = self.merge(commit, stop)? {
             return Ok(Err(failed));
         }
         let jobs = format!("-j{}", self.options.jobs);
         for targets in [&["olddefconfig"][..], &[&jobs, "bzImage"]] {
-            if let Some(failed) = self.make(commit, targets)? {
+            if let Some(failed) = self.make(commit, targets, stop)? {
                 return Ok(Err(failed));
             }
         }
@@ -182,9 +193,32 @@ impl Tree {
         }
     }
 
+    /// Applies the patches that the revision does not have already. They go into the index as well, so that the next
+    /// checkout takes them away with the files that they add.
+    fn patch(&self, commit: &str, stop: &StopSignal) -> Result<Option<Judged>> {
+        let apply = |patch: &Path, how: &[&str]| {
+            let mut command = Command::new("git");
+            command.arg("-C").arg(&self.worktree).arg("apply").args(how).arg(patch).env("LC_ALL", "C");
+            command
+        };
+        for patch in &self.options.patches {
+            let there = child::run("git apply", &mut apply(patch, &["--check", "--reverse"]), stop)?;
+            if there.status.success() {
+                continue;
+            }
+            let name = format!("git apply {}", patch.display());
+            if let Some(failed) =
+                self.step(commit, &name, apply(patch, &["--index", "-C1", "--whitespace=nowarn"]), stop)?
+            {
+                return Ok(Some(failed));
+            }
+        }
+        Ok(None)
+    }
+
     /// Merges the fragments with the tree's own script; a revision without it gets them appended, for olddefconfig to
     /// sort out.
-    fn merge(&self, commit: &str) -> Result<Option<Judged>> {
+    fn merge(&self, commit: &str, stop: &StopSignal) -> Result<Option<Judged>> {
         if self.options.fragments.is_empty() {
             return Ok(None);
         }
@@ -204,23 +238,23 @@ impl Tree {
         }
         let mut command = Command::new("sh");
         command.arg(script).arg("-O").arg(&self.build).arg("-m").arg(&config).arg(&merged).current_dir(&self.worktree);
-        self.step(commit, "merge_config.sh", command)
+        self.step(commit, "merge_config.sh", command, stop)
     }
 
-    fn make(&self, commit: &str, targets: &[&str]) -> Result<Option<Judged>> {
+    fn make(&self, commit: &str, targets: &[&str], stop: &StopSignal) -> Result<Option<Judged>> {
         let mut command = Command::new("make");
         command.arg("-C").arg(&self.worktree).arg(format!("O={}", self.build.display()));
         if let Some(compiler) = with_ccache() {
             command.arg(format!("CC={compiler}"));
         }
         command.args(targets);
-        self.step(commit, &format!("make {}", targets.join(" ")), command)
+        self.step(commit, &format!("make {}", targets.join(" ")), command, stop)
     }
 
-    fn step(&self, commit: &str, name: &str, mut command: Command) -> Result<Option<Judged>> {
-        let output = command.stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be started"))?;
-        Ok((!output.status.success())
-            .then(|| Judged::untried(commit, Trial::none(format!("{name} failed ({})", output.status), tail(&output)))))
+    fn step(&self, commit: &str, name: &str, mut command: Command, stop: &StopSignal) -> Result<Option<Judged>> {
+        let ended = child::run(name, &mut command, stop)?;
+        let failed = || Trial::none(format!("{name} failed ({})", ended.status), ended.tail.clone());
+        Ok((!ended.status.success()).then(|| Judged::untried(commit, failed())))
     }
 }
 
@@ -248,13 +282,6 @@ fn with_ccache() -> Option<String> {
     std::env::split_paths(&path)
         .any(|directory| directory.join("ccache").is_file())
         .then(|| format!("ccache {}", std::env::var("CC").unwrap_or_else(|_| "gcc".to_owned())))
-}
-
-fn tail(output: &Output) -> Vec<String> {
-    let text = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
-    let mut lines: Vec<String> = String::from_utf8_lossy(&text).lines().map(str::to_owned).collect();
-    lines.drain(..lines.len().saturating_sub(20));
-    lines
 }
 
 struct Said {
@@ -315,7 +342,7 @@ mod tests {
     }
 
     fn options() -> BuildOptions {
-        BuildOptions { config: None, fragments: Vec::new(), jobs: 1 }
+        BuildOptions { config: None, fragments: Vec::new(), patches: Vec::new(), jobs: 1 }
     }
 
     fn bisect(count: usize, verdict: impl Fn(usize) -> Verdict) -> (TreeFound, Vec<String>, usize) {
@@ -376,7 +403,7 @@ mod tests {
         let missing = BuildOptions { fragments: vec!["nosuch".to_owned()], ..options() };
         let error = Tree::open(directory.path(), out.path(), missing).unwrap_err().to_string();
         assert!(
-            error.starts_with("--fragment nosuch: is neither one of base, coco, debug, fault nor a file"),
+            error.starts_with("--fragment nosuch: is neither one of base, coco, debug, fault, tdx-sim nor a file"),
             "{error}"
         );
         let error = Tree::open(Path::new("/nonexistent"), out.path(), options()).unwrap_err().to_string();
