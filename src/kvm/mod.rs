@@ -27,6 +27,7 @@ mod ioctl;
 mod kick;
 mod mapping;
 mod page;
+mod page_struct;
 mod pagemap;
 mod payload;
 mod stats;
