@@ -9,7 +9,8 @@ use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::rig::stop::StopSignal;
@@ -40,6 +41,15 @@ pub(super) struct Ended {
 pub(super) fn run(name: &str, command: &mut Command, stop: &StopSignal) -> Result<Ended> {
     let (said, pipe) = io::pipe().context("a pipe")?;
     command.stdin(Stdio::null()).stdout(pipe.try_clone().context("a pipe")?).stderr(pipe).process_group(0);
+    let takes_signals = || {
+        // The signals are blocked here, which a program inherits; and it goes when this process is killed.
+        SigSet::empty().thread_set_mask()?;
+        set_pdeathsig(Signal::SIGTERM)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes two system calls on constants, which is async-signal-safe, and
+    // allocates nothing.
+    unsafe { command.pre_exec(takes_signals) };
     interrupted(stop)?;
     let mut child = command.spawn().with_context(|| format!("{name} cannot be started"))?;
     // The command holds the pipe's other end, on which the listener would wait for ever.
@@ -127,5 +137,7 @@ mod tests {
         let stop = StopSignal::block().unwrap();
         let error = run("make", &mut shell("kill -TERM $$"), &stop).unwrap_err();
         assert_eq!(error.to_string(), "make was stopped by signal 15");
+        let word = run("sh", &mut shell("kill -WINCH $$; exit 4"), &stop).unwrap();
+        assert_eq!(word.status.code(), Some(4), "a signal that stops nothing");
     }
 }
