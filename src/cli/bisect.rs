@@ -47,7 +47,7 @@ pub(super) struct BisectArguments {
     /// scripts/kernel for the release.
     #[arg(long, value_name = "FILE", requires = "tree")]
     patch: Vec<PathBuf>,
-    /// Directory for the worktree and the build.
+    /// Directory for the worktree and the build, which stay for the next bisection; of --tree alone.
     #[arg(long, value_name = "DIR", default_value = "gmemtest-bisect")]
     out: PathBuf,
     /// make -j (default: the number of cores).

@@ -263,7 +263,7 @@ fn code_of(ending: &Ending, style: ExitStyle) -> ExitCode {
         (Ending::Command(CommandEnd::Status(status)), _) => u8::try_from(*status).unwrap_or(FAILED),
         (Ending::Interrupted(signal), _) => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(127)),
         (Ending::NotStarted(_), style) => style.usage(),
-        (_, ExitStyle::Kselftest) => FAILED,
+        (_, ExitStyle::Kselftest | ExitStyle::KselftestRunner) => FAILED,
         (_, ExitStyle::Bisect) => CANNOT_TELL,
     })
 }

@@ -6,12 +6,14 @@
 //! QEMU, [`host`] on another machine that is made to boot the kernel.
 
 mod child;
+mod git;
 mod host;
 mod log;
 mod rigged;
 mod search;
 mod sequential;
 mod tree;
+mod worktree;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
