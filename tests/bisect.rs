@@ -115,7 +115,8 @@ fn ends_that_are_not_what_they_were_taken_for_are_told() {
     }
 }
 
-/// A git repository that `make` makes a "kernel" of: the file `release` says which; one commit cannot be built.
+/// A git repository that `make` makes a "kernel" of: the file `image` is it; a commit with a file `broken` cannot be built.
+/// With SLOW in the environment a bad one takes for ever, with PATCHED there has to be a file `patched`.
 fn tree(directory: &Path, releases: &[&str]) -> PathBuf {
     let tree = directory.join("linux");
     fs::create_dir(&tree).unwrap();
@@ -125,7 +126,8 @@ fn tree(directory: &Path, releases: &[&str]) -> PathBuf {
     };
     git(&["init", "--quiet"]);
     let makefile = "tinyconfig olddefconfig:\n\ttouch $(O)/.config\n\
-                    bzImage:\n\ttest ! -e broken\n\tgrep -q CONFIG_KVM=y $(O)/.config\n\
+                    bzImage:\n\ttest ! -e broken\n\ttest -z \"$$PATCHED\" || test -e patched\n\
+                    \ttest -z \"$$SLOW\" || ! grep -q bad image || { echo $$$$ > $$SLOW; exec sleep 1000; }\n\tgrep -q CONFIG_KVM=y $(O)/.config\n\
                     \tmkdir -p $(O)/arch/x86/boot\n\tcp image $(O)/arch/x86/boot/bzImage\n";
     fs::write(tree.join("Makefile"), makefile).unwrap();
     for (number, release) in releases.iter().enumerate() {
@@ -165,6 +167,72 @@ fn the_first_bad_commit_of_a_tree_is_found_and_the_tree_stays_as_it_was() {
     );
     assert_eq!(code(&nowhere), 2);
     assert!(stderr(&nowhere).contains("gmemtest: --good v9: is no commit of"), "{}", stderr(&nowhere));
+}
+
+/// The command that bisects that repository.
+fn bisect_tree(directory: &Path, tree: &Path, bad: &str, flags: &[&str]) -> Command {
+    let mut command = command(directory, "bisect");
+    command.arg("--tree").arg(tree).args(["--good", "v0", "--bad", bad, "--make-jobs", "1"]).args(flags);
+    command.args(["--", "run", "aid::kernel_is_good", "--machine", "sim:default"]);
+    command
+}
+
+#[test]
+fn a_signal_ends_the_build_and_the_same_command_goes_on() {
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+    let directory = directory();
+    let tree = tree(directory.path(), &["good", "good", "good", "bad", "bad", "bad"]);
+    let slow = directory.path().join("slow");
+    let mut bisection = bisect_tree(directory.path(), &tree, "v5", &[])
+        .env("SLOW", &slow)
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let builder = loop {
+        match fs::read_to_string(&slow).map(|text| text.trim().parse::<i32>()) {
+            Ok(Ok(pid)) => break pid,
+            _ => std::thread::sleep(std::time::Duration::from_millis(10)),
+        }
+        assert!(bisection.try_wait().unwrap().is_none(), "the bisection ended before it built anything");
+    };
+    kill(Pid::from_raw(i32::try_from(bisection.id()).unwrap()), Signal::SIGINT).unwrap();
+    let end = bisection.wait_with_output().unwrap();
+    let told = stderr(&end);
+    assert_eq!(code(&end), 128 + 2, "{told}");
+    assert!(told.contains("interrupted; the same command goes on from gmemtest-bisect.log"), "{told}");
+    assert!(kill(Pid::from_raw(builder), None).is_err(), "what make started goes on");
+    let log = fs::read_to_string(directory.path().join("gmemtest-bisect.log")).unwrap();
+    assert_eq!((log.lines().count(), log.contains("cannot-tell")), (2, false), "{log}");
+
+    let end = output(&mut bisect_tree(directory.path(), &tree, "v5", &[]));
+    assert!(stdout(&end).contains("mm: change 3 (a, "), "{} {}", stdout(&end), stderr(&end));
+    assert_eq!(stderr(&end).matches("(from gmemtest-bisect.log)").count(), 1, "{}", stderr(&end));
+    let worktrees = output(Command::new("git").arg("-C").arg(&tree).args(["worktree", "list"]));
+    assert_eq!(stdout(&worktrees).lines().count(), 1, "{}", stdout(&worktrees));
+}
+
+#[test]
+fn every_revision_is_patched() {
+    let directory = directory();
+    let tree = tree(directory.path(), &["good", "good", "bad", "bad"]);
+    let patch = directory.path().join("add.patch");
+    let text = "A file more.\n---\n--- /dev/null\n+++ b/patched\n@@ -0,0 +1 @@\n+yes\n";
+    fs::write(&patch, text).unwrap();
+    let bisect = |log: &str, patch: &[&str]| {
+        let flags: Vec<&str> = ["--log", log].iter().chain(patch).copied().collect();
+        output(bisect_tree(directory.path(), &tree, "v3", &flags).env("PATCHED", "1"))
+    };
+    let end = bisect("without", &[]);
+    assert!(stdout(&end).contains("ought to be good: cannot tell"), "{} {}", stdout(&end), stderr(&end));
+    let end = bisect("with", &["--patch", "add.patch"]);
+    assert!(stdout(&end).contains("mm: change 2 (a, "), "{} {}", stdout(&end), stderr(&end));
+    fs::write(&patch, "--- a/Makefile\n+++ b/Makefile\n@@ -1 +1 @@\n-of another release\n+of this one\n").unwrap();
+    let end = bisect("wrong", &["--patch", "add.patch"]);
+    let text = stdout(&end);
+    assert!(text.contains("git apply") && text.contains("Makefile:1"), "{text} {}", stderr(&end));
+    let end = bisect("none", &["--patch", "nosuch.patch"]);
+    assert!(stderr(&end).contains("--patch nosuch.patch: cannot be read"), "{}", stderr(&end));
 }
 
 /// An ssh that runs the command here, as if on a machine that boots what was deployed last.

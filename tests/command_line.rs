@@ -84,6 +84,15 @@ fn a_bisection_is_stopped_by_what_cannot_be_carried_out() {
 }
 
 #[test]
+fn kselftests_runner_does_not_take_a_usage_error_for_an_expected_failure() {
+    for arguments in
+        [&["--exit-style", "kselftest-runner", "--jbos"][..], &["--exit-style=kselftest-runner", "no_such"]]
+    {
+        assert_eq!(refused(fixture().args(arguments)).0, 1, "{arguments:?}");
+    }
+}
+
+#[test]
 fn exit_codes_of_a_run() {
     for (arguments, kselftest, bisect) in [
         (&["good"][..], 0, 0),
@@ -100,7 +109,9 @@ fn exit_codes_of_a_run() {
         (&["good", "--machine", "kvm:tdx"], 1, 125),
     ] {
         assert_eq!(code(&output(fixture().args(arguments))), kselftest, "{arguments:?}");
-        assert_eq!(code(&output(fixture().args(arguments).args(["--exit-style", "bisect"]))), bisect, "{arguments:?}");
+        let code_in = |style| code(&output(fixture().args(arguments).args(["--exit-style", style])));
+        assert_eq!(code_in("bisect"), bisect, "{arguments:?}");
+        assert_eq!(code_in("kselftest-runner"), kselftest, "{arguments:?}");
     }
 }
 

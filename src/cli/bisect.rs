@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -39,10 +39,15 @@ pub(super) struct BisectArguments {
     /// Configuration to build with (default: tinyconfig).
     #[arg(long, value_name = "FILE", requires = "tree")]
     config: Option<PathBuf>,
-    /// Config fragments to merge: base, coco, debug, fault, or files (default: base, coco).
+    /// Config fragments to merge: base, coco, debug, fault, tdx-sim, or files (default: base, coco; with --simulated-tdx
+    /// tdx-sim too).
     #[arg(long, value_name = "NAME", requires = "tree")]
     fragment: Vec<String>,
-    /// Directory for the worktree and the build.
+    /// Patch that every revision gets before it is built, unless it has it already: with --simulated-tdx the one of
+    /// scripts/kernel for the release.
+    #[arg(long, value_name = "FILE", requires = "tree")]
+    patch: Vec<PathBuf>,
+    /// Directory for the worktree and the build, which stay for the next bisection; of --tree alone.
     #[arg(long, value_name = "DIR", default_value = "gmemtest-bisect")]
     out: PathBuf,
     /// make -j (default: the number of cores).
@@ -117,6 +122,9 @@ pub(super) fn bisect(
 ) -> Result<ExitCode, Failure> {
     let rates = arguments.rates()?;
     let run = tests_for_guest("bisect", &arguments.command, suites, machines)?;
+    if arguments.host.is_some() && arguments.boot.simulated_tdx {
+        return Err("--simulated-tdx: is for kernels under QEMU; leave it out with --host".to_owned().into());
+    }
     let words = |rest| run.words(rest);
     let stop = StopSignal::block().map_err(|errno| format!("signals cannot be blocked: {errno}"))?;
     let hardware;
@@ -145,7 +153,7 @@ pub(super) fn bisect(
         }
     };
     let ended = match &arguments.tree {
-        Some(tree) => arguments.revisions(tree, rates, &run, runner.as_mut()),
+        Some(tree) => arguments.revisions(tree, rates, &run, runner.as_mut(), &stop),
         None => arguments.images(rates, &run, runner.as_mut()),
     };
     if let Some(signal) = stop.seen() {
@@ -176,10 +184,35 @@ impl BisectArguments {
         Ok(rates.check()?)
     }
 
-    fn open_log(&self, subjects: Vec<String>, rates: Rates, run: &GuestRun) -> anyhow::Result<Log> {
+    /// Where the tests run, for the log.
+    fn machine(&self) -> String {
+        match &self.host {
+            Some(host) => host.clone(),
+            None => {
+                let module = if self.boot.simulated_tdx { "--simulated-tdx " } else { "" };
+                format!(
+                    "{module}--cpus {} --memory {}M --append '{}'",
+                    self.boot.cpus, self.boot.memory, self.boot.append
+                )
+            }
+        }
+    }
+
+    /// The fragments that were asked for.
+    fn fragments(&self) -> Vec<String> {
+        let usual: &[&str] = if self.boot.simulated_tdx { &["base", "coco", "tdx-sim"] } else { &["base", "coco"] };
+        match self.fragment.is_empty() {
+            true => usual.iter().map(|&name| name.to_owned()).collect(),
+            false => self.fragment.clone(),
+        }
+    }
+
+    fn open_log(&self, subjects: Vec<String>, build: Vec<String>, rates: Rates, run: &GuestRun) -> anyhow::Result<Log> {
         let header = Header {
-            schema: "gmemtest-bisect/1".to_owned(),
+            schema: "gmemtest-bisect/2".to_owned(),
             subjects,
+            build,
+            machine: self.machine(),
             command: run.unseeded_words(),
             rates: [rates.failing, rates.noise, rates.false_bad, rates.false_good],
         };
@@ -192,7 +225,7 @@ impl BisectArguments {
         }
         let images = self.kernel.iter().map(|path| BootImage::read(path)).collect::<Result<Vec<_>, _>>()?;
         let names: Vec<String> = images.iter().map(|image| image.path().display().to_string()).collect();
-        let mut log = self.open_log(names.clone(), rates, run)?;
+        let mut log = self.open_log(names.clone(), Vec::new(), rates, run)?;
         let found = bisect::first_bad(images.len(), |index| {
             self.verdict(&names[index], images[index].release(), &mut log, || {
                 bisect::judge(&names[index], &images[index], runner, rates, self.max_runs)
@@ -245,21 +278,37 @@ impl BisectArguments {
         rates: Rates,
         run: &GuestRun,
         runner: &mut dyn Runner,
+        stop: &StopSignal,
     ) -> anyhow::Result<Ended> {
-        let fragments = match self.fragment.is_empty() {
-            true => vec!["base".to_owned(), "coco".to_owned()],
-            false => self.fragment.clone(),
-        };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let options = BuildOptions { config: self.config.clone(), fragments, jobs: self.make_jobs.unwrap_or(cores) };
+        let options = BuildOptions {
+            config: self.config.clone(),
+            fragments: self.fragments(),
+            patches: self.patch.clone(),
+            jobs: self.make_jobs.unwrap_or(cores),
+        };
+        let paths = self.config.iter().chain(&self.patch).map(|path| path.display().to_string());
+        let build = self.fragments().into_iter().chain(paths).collect();
         let tree = Tree::open(directory, &self.out, options)?;
         let good = tree.commit("--good", self.good.as_deref().unwrap_or_default())?;
         let bad = tree.commit("--bad", self.bad.as_deref().unwrap_or_default())?;
-        let mut log = self.open_log(vec![good.clone(), bad.clone()], rates, run)?;
+        let mut log = self.open_log(vec![good.clone(), bad.clone()], build, rates, run)?;
+        let ends = [good.clone(), bad.clone()];
         let found = tree.bisect(&good, &bad, |tree, commit| {
-            self.verdict(commit, &tree.title(commit), &mut log, || match tree.build(commit)? {
-                Ok(image) => bisect::judge(commit, &image, runner, rates, self.max_runs),
-                Err(unbuilt) => Ok(unbuilt),
+            // What kept one of the ends from being judged has been mended, or else the bisection would not be tried again.
+            if ends.iter().any(|end| end == commit) {
+                log.forget_untold(commit);
+            }
+            self.verdict(commit, &tree.title(commit), &mut log, || {
+                eprintln!("gmemtest: {}: building", tree.title(commit));
+                let start = Instant::now();
+                match tree.build(commit, stop)? {
+                    Ok(image) => {
+                        eprintln!("gmemtest: {}: built in {} s", image.release(), start.elapsed().as_secs());
+                        bisect::judge(commit, &image, runner, rates, self.max_runs)
+                    }
+                    Err(unbuilt) => Ok(unbuilt),
+                }
             })
         })?;
         let end = |conclusion: String| Ended {

@@ -148,9 +148,15 @@ fn with_arguments(
 /// usual 2 for "this revision is bad".
 fn exit_style(arguments: &[OsString]) -> ExitStyle {
     let texts: Vec<&str> = arguments.iter().filter_map(|text| text.to_str()).collect();
-    let bisect =
-        texts.contains(&"--exit-style=bisect") || texts.windows(2).any(|two| two == ["--exit-style", "bisect"]);
-    if bisect { ExitStyle::Bisect } else { ExitStyle::Kselftest }
+    let asked = |style: &str| {
+        texts.iter().any(|text| text.strip_prefix("--exit-style=") == Some(style))
+            || texts.windows(2).any(|two| two == ["--exit-style", style])
+    };
+    match (asked("bisect"), asked("kselftest-runner")) {
+        (true, _) => ExitStyle::Bisect,
+        (false, true) => ExitStyle::KselftestRunner,
+        (false, false) => ExitStyle::Kselftest,
+    }
 }
 
 fn parse<T: CommandFactory + FromArgMatches>(arguments: &[OsString]) -> Result<T, Failure> {

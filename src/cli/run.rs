@@ -36,7 +36,7 @@ pub(super) struct RunArguments {
     pub(super) exclude: Vec<String>,
     /// Machine to run on: kvm:default, sim:tdx,policy=bug-vm, .. (list --machines has all); kvm:* is every VM type that the
     /// running kernel offers, auto is that and sim:tdx where it does not offer TDX. The default is auto, and kvm:* for a
-    /// verdict on a kernel: --exit-style bisect, vm, matrix, bisect.
+    /// verdict on a kernel: --exit-style bisect or kselftest-runner, vm, matrix, bisect.
     #[arg(long, value_name = "SPEC")]
     pub(super) machine: Vec<String>,
     /// Format of the results (default: pretty; of a selftest binary whose output is not a terminal: ktap).
@@ -75,8 +75,8 @@ pub(super) struct RunArguments {
     /// A missing prerequisite is a failure: skips of these kinds, or of every kind but declined.
     #[arg(long, value_name = "KIND,..", num_args = 0..=1, require_equals = true)]
     strict: Option<Option<String>>,
-    /// Meaning of the exit code. kselftest: 0 good, 1 failure, 2 usage, 4 all skipped. bisect: 0 good, 1 bad, 125 cannot
-    /// tell, 255 stop. A run ended by a signal exits with 128 and its number.
+    /// Meaning of the exit code. kselftest: 0 good, 1 failure, 2 usage, 4 all skipped. kselftest-runner: the same for
+    /// run_kselftest.sh, with 1 for usage. bisect: 0 good, 1 bad, 125 cannot tell, 255 stop. A run ended by a signal exits with 128 and its number.
     #[arg(long, value_name = "STYLE", value_enum, default_value_t)]
     exit_style: StyleName,
 }
@@ -101,6 +101,7 @@ enum Format {
 enum StyleName {
     #[default]
     Kselftest,
+    KselftestRunner,
     Bisect,
 }
 
@@ -162,6 +163,7 @@ impl RunArguments {
     pub(super) fn style(&self) -> ExitStyle {
         match self.exit_style {
             StyleName::Kselftest => ExitStyle::Kselftest,
+            StyleName::KselftestRunner => ExitStyle::KselftestRunner,
             StyleName::Bisect => ExitStyle::Bisect,
         }
     }
@@ -169,7 +171,7 @@ impl RunArguments {
     fn purpose(&self) -> Purpose {
         match self.style() {
             ExitStyle::Kselftest => Purpose::Survey,
-            ExitStyle::Bisect => Purpose::Verdict,
+            ExitStyle::KselftestRunner | ExitStyle::Bisect => Purpose::Verdict,
         }
     }
 

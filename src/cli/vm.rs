@@ -39,10 +39,6 @@ pub(super) struct VmArguments {
     /// Copy the kernel's console to FILE.
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
-    /// Serve the kernel's SEAMCALLs with the simulated TDX module, so that kvm:tdx runs without TDX. The kernel needs the patch
-    /// for its release in scripts/kernel.
-    #[arg(long)]
-    simulated_tdx: bool,
     /// When a test takes the kernel down, run the rest in a fresh boot.
     #[arg(long)]
     restart_after_crash: bool,
@@ -66,6 +62,10 @@ pub(super) struct BootArguments {
     /// Accelerator of QEMU. auto is kvm where the host's KVM can nest, and tcg elsewhere.
     #[arg(long, value_name = "WHICH", value_enum, default_value_t = AccelChoice::Auto)]
     pub(super) accel: AccelChoice,
+    /// Serve the kernel's SEAMCALLs with the simulated TDX module, so that kvm:tdx runs without TDX. The kernel needs the patch
+    /// for its release in scripts/kernel.
+    #[arg(long)]
+    pub(super) simulated_tdx: bool,
     /// Added to the kernel's command line; what comes last wins.
     #[arg(long, value_name = "STR", default_value = "", allow_hyphen_values = true)]
     pub(super) append: String,
@@ -91,18 +91,11 @@ fn memory(text: &str) -> Result<u64, String> {
 impl BootArguments {
     /// The machine, and a line on why its accelerator is the one it is.
     pub(super) fn hardware(&self) -> Result<(Hardware, String), Failure> {
-        let (accel, why) = rig::choose_accel(self.accel)?;
-        let hardware = Hardware { accel, cpus: self.cpus, memory_mib: self.memory, append: self.append.clone() };
-        let line = format!("under {accel} ({why}), {} CPUs, {} MiB", self.cpus, self.memory);
-        Ok((hardware, line))
-    }
-}
-
-impl BootArguments {
-    /// The machine with the simulated TDX module.
-    fn with_simulated_tdx(&self) -> Result<(Hardware, String), Failure> {
-        let (accel, why) = rig::choose_with_simulated_tdx(self.accel)?;
-        if self.memory < TDX_MEMORY_MIB {
+        let (accel, why) = match self.simulated_tdx {
+            true => rig::choose_with_simulated_tdx(self.accel)?,
+            false => rig::choose_accel(self.accel)?,
+        };
+        if self.simulated_tdx && self.memory < TDX_MEMORY_MIB {
             return Err(format!(
                 "--memory: the simulated TDX module needs at least 2G, to find room for its tables; {}M is too little",
                 self.memory
@@ -128,10 +121,7 @@ pub(super) fn vm(arguments: &VmArguments, suites: &[&'static Suite], machines: &
     let words = if arguments.command.is_empty() { vec!["run".to_owned()] } else { arguments.command.clone() };
     let errand = errand(&words, suites, machines)?;
     let image = BootImage::read(&arguments.kernel).map_err(|error| error.to_string())?;
-    let (hardware, machine) = match arguments.simulated_tdx {
-        true => arguments.boot.with_simulated_tdx()?,
-        false => arguments.boot.hardware()?,
-    };
+    let (hardware, machine) = arguments.boot.hardware()?;
     eprintln!("gmemtest: {} {machine}", image.release());
     let console = arguments.console.as_ref().map(|path| {
         File::create(path).map_err(|error| format!("--console {}: cannot be written: {error}", path.display()))
@@ -238,7 +228,7 @@ fn again(arguments: &VmArguments) -> Vec<String> {
     if let Some(modules) = &arguments.modules {
         words.extend(["--modules".to_owned(), modules.display().to_string()]);
     }
-    if arguments.simulated_tdx {
+    if arguments.boot.simulated_tdx {
         words.push("--simulated-tdx".to_owned());
     }
     if !arguments.boot.append.is_empty() {
@@ -273,7 +263,7 @@ fn code_of(ending: &Ending, style: ExitStyle) -> ExitCode {
         (Ending::Command(CommandEnd::Status(status)), _) => u8::try_from(*status).unwrap_or(FAILED),
         (Ending::Interrupted(signal), _) => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(127)),
         (Ending::NotStarted(_), style) => style.usage(),
-        (_, ExitStyle::Kselftest) => FAILED,
+        (_, ExitStyle::Kselftest | ExitStyle::KselftestRunner) => FAILED,
         (_, ExitStyle::Bisect) => CANNOT_TELL,
     })
 }

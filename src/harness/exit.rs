@@ -29,6 +29,9 @@ pub enum ExitStyle {
     /// [`GOOD`], [`FAILED`], [`USAGE`], [`SKIPPED`].
     #[default]
     Kselftest,
+    /// [`GOOD`], [`FAILED`], [`SKIPPED`], and [`FAILED`] for a usage error as well: kselftest's own runner reads 2 as an
+    /// expected failure (KSFT_XFAIL), which is none.
+    KselftestRunner,
     /// [`GOOD`], [`FAILED`], [`CANNOT_TELL`], [`STOP_BISECTION`].
     Bisect,
 }
@@ -39,8 +42,9 @@ impl FromStr for ExitStyle {
     fn from_str(text: &str) -> Result<ExitStyle, String> {
         match text {
             "kselftest" => Ok(ExitStyle::Kselftest),
+            "kselftest-runner" => Ok(ExitStyle::KselftestRunner),
             "bisect" => Ok(ExitStyle::Bisect),
-            _ => Err("expected kselftest or bisect".to_owned()),
+            _ => Err("expected kselftest, kselftest-runner or bisect".to_owned()),
         }
     }
 }
@@ -84,16 +88,20 @@ impl ExitStyle {
     pub fn code(self, summary: &Summary, stopped: Option<&Stopped>) -> u8 {
         match (stopped, self) {
             (Some(Stopped::Signal(number)), _) => return 128u8.saturating_add(u8::try_from(*number).unwrap_or(127)),
-            (Some(Stopped::CannotWrite(_)), ExitStyle::Kselftest) => return USAGE,
-            (Some(Stopped::CannotWrite(_)), ExitStyle::Bisect) => return STOP_BISECTION,
+            (Some(Stopped::CannotWrite(_)), style) => return style.usage(),
             (Some(Stopped::FirstFailure | Stopped::Unkillable | Stopped::MachineLost(_)) | None, _) => {}
         }
         match self {
-            ExitStyle::Kselftest if summary.failures() > 0 => FAILED,
-            // A run that lost its machine is not good, whatever had passed until then.
-            ExitStyle::Kselftest if matches!(stopped, Some(Stopped::MachineLost(_))) => FAILED,
-            ExitStyle::Kselftest if summary.run() == summary.skip => SKIPPED,
-            ExitStyle::Kselftest => GOOD,
+            ExitStyle::Kselftest | ExitStyle::KselftestRunner => {
+                // A run that lost its machine is not good, whatever had passed until then.
+                if summary.failures() > 0 || matches!(stopped, Some(Stopped::MachineLost(_))) {
+                    FAILED
+                } else if summary.run() == summary.skip {
+                    SKIPPED
+                } else {
+                    GOOD
+                }
+            }
             ExitStyle::Bisect => {
                 // A time limit or the harness's own failure says nothing about the revision; an assertion, a dead test
                 // process and a kernel that complains do.
@@ -116,6 +124,7 @@ impl ExitStyle {
     pub fn usage(self) -> u8 {
         match self {
             ExitStyle::Kselftest => USAGE,
+            ExitStyle::KselftestRunner => FAILED,
             ExitStyle::Bisect => STOP_BISECTION,
         }
     }

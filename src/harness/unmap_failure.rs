@@ -1,6 +1,7 @@
 //! What the machine does when a private page cannot be unmapped, found out by making one unmap fail.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::OneCpu;
@@ -8,12 +9,14 @@ use crate::inject::Policy;
 use crate::inject::seamcall::{AUG, INVALID, REMOVE, SEPT_ADD};
 use crate::machine::{
     Errno, GuestMemfd, HostMemory, Machine, Mapping, MemoryAttributes, MemoryRegion, ModuleCall, ModuleFault,
-    PAGE_SIZE, PageAccount, TdxModule, Vcpu, Vm, VmConfig,
+    PAGE_SIZE, TdxModule, Vcpu, Vm, VmConfig,
 };
 use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
 /// Where the page is in the guest.
 const GPA: u64 = 1 << 32;
+/// Pages that are mapped: the one whose unmap fails, and the one that is unmapped before, to see how that goes.
+const MAPPED: u64 = 2;
 /// Pages that another TD takes from the allocator, to see whether the stuck one is among them.
 const SEARCHED: u64 = 128;
 /// KPF_BUDDY.
@@ -40,7 +43,7 @@ pub struct UnmapFailure {
     pub poisoned: bool,
     /// References to the page: mapped, and after the conversion failed. `None` where they are not counted.
     pub references: Option<(u32, u32)>,
-    /// Whether one of them was the mapping's, before anything failed.
+    /// Whether one of them was the mapping's, before anything failed: a page that was unmapped without failure has one less.
     pub pinned: Option<bool>,
 }
 
@@ -86,7 +89,8 @@ fn shown(result: &Result<(), Errno>) -> String {
     result.map_or_else(|errno| errno.to_string(), |()| "0".to_owned())
 }
 
-/// Lets TDH.MEM.PAGE.REMOVE fail for one page of a new TD, converts the page, punches it out of its file, and looks.
+/// Lets TDH.MEM.PAGE.REMOVE fail for one page of a new TD, converts the page, punches it out of its file, and looks. Another
+/// page is converted without failure before, to see whether its mapping held a reference.
 ///
 /// The page stays the TD's in the module's books for as long as the machine runs. `None` on machines whose module cannot
 /// be made to fail.
@@ -121,10 +125,10 @@ impl Subject {
         let shared = machine.host_memory(HostMemory::Shmem, len).or_else(step("shared memory"))?;
         let region = MemoryRegion::new(1, GPA, len).at(shared.addr()).bound_to(&*gmem, 0);
         vm.set_memory_region(&region).or_else(step("a slot"))?;
-        convert(&*vm, &*gmem, len, KVM_MEMORY_ATTRIBUTE_PRIVATE).or_else(step("the conversion to private"))?;
+        convert(&*vm, &*gmem, 0..pages, KVM_MEMORY_ATTRIBUTE_PRIVATE).or_else(step("the conversion to private"))?;
         let vcpu = vm.create_vcpu(0).or_else(step("a vCPU"))?;
         let mut subject = Subject { vm, vcpu, gmem, _shared: shared };
-        subject.vcpu.pre_fault(GPA, PAGE_SIZE, 0).result.or_else(step("KVM_PRE_FAULT_MEMORY"))?;
+        subject.vcpu.pre_fault(GPA, MAPPED * PAGE_SIZE, 0).result.or_else(step("KVM_PRE_FAULT_MEMORY"))?;
         Ok(subject)
     }
 }
@@ -135,15 +139,25 @@ fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFa
     // The next owner is there before, with everything that KVM allocates for it.
     let mut next = Subject::new(machine, SEARCHED)?;
     let start = module.position().or_else(step("the module's calls"))?;
-    let Subject { vm, gmem, .. } = &Subject::new(machine, 1)?;
+    let Subject { vm, gmem, .. } = &Subject::new(machine, MAPPED)?;
     let calls = module.calls_since(start).or_else(step("the module's calls"))?;
-    let mapped = calls.iter().rev().find(|call| call.leaf == AUG && !call.guest && call.operands[0] & !0xfff == GPA);
-    let frame = mapped.ok_or("the page was not mapped by TDH.MEM.PAGE.AUG")?.operands[2] / PAGE_SIZE;
+    let frame_of = |page: u64| {
+        let gpa = GPA + page * PAGE_SIZE;
+        let maps = |call: &&ModuleCall| !call.guest && call.leaf == AUG && call.operands[0] & !0xfff == gpa;
+        let mapped = calls.iter().rev().find(maps).ok_or("a page was not mapped by TDH.MEM.PAGE.AUG")?;
+        Ok::<u64, String>(mapped.operands[2] / PAGE_SIZE)
+    };
+    let (frame, other) = (frame_of(0)?, frame_of(1)?);
+    let refs = |frame: u64| references(machine, frame);
 
-    let before = account(machine, gmem);
+    let other_mapped = refs(other);
+    convert(&**vm, &**gmem, 1..2, 0).or_else(step("a conversion without failure"))?;
+    let pinned = other_mapped.zip(refs(other)).map(|(mapped, unmapped)| unmapped < mapped);
+
+    let before = refs(frame);
     module.add_fault(&ModuleFault::always(REMOVE, INVALID).at(GPA)).or_else(step("a fault"))?;
-    let conversion = convert(&**vm, &**gmem, PAGE_SIZE, 0);
-    let failed = account(machine, gmem);
+    let conversion = convert(&**vm, &**gmem, 0..1, 0);
+    let failed = refs(frame);
     let poisoned_in_file = machine.page_flags(frame).unwrap_or(0) & HWPOISON != 0;
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let punch = gmem.fallocate(mode, 0, PAGE_SIZE as i64);
@@ -160,31 +174,33 @@ fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFa
         owned: !owner.is_free(),
         freed: punch.is_ok() && !poisoned && (free || given_out),
         poisoned,
-        references: before.as_ref().zip(failed.as_ref()).map(|(before, failed)| (before.refs, failed.refs)),
-        pinned: before.as_ref().and_then(|account| account.held_by("sept-pin")).map(|pins| pins > 0),
+        references: before.zip(failed),
+        pinned,
     })
 }
 
-/// Conversion of the page, by the VM where it keeps the attributes, by the file where that does.
-fn convert(vm: &dyn Vm, gmem: &dyn GuestMemfd, size: u64, attributes: u64) -> Result<(), Errno> {
-    let range = MemoryAttributes { address: GPA, size, attributes, flags: 0 };
+/// Conversion of pages, by the VM where it keeps the attributes, by the file where that does.
+fn convert(vm: &dyn Vm, gmem: &dyn GuestMemfd, pages: Range<u64>, attributes: u64) -> Result<(), Errno> {
+    let (offset, size) = (pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE);
+    let range = MemoryAttributes { address: GPA + offset, size, attributes, flags: 0 };
     match vm.set_memory_attributes(&range) {
-        Err(Errno::EINVAL | Errno::ENOTTY) => gmem.convert(0, size, attributes).map_err(|error| error.errno),
+        Err(Errno::EINVAL | Errno::ENOTTY) => gmem.convert(offset, size, attributes).map_err(|error| error.errno),
         result => result,
     }
 }
 
-fn account(machine: &dyn Machine, gmem: &Arc<dyn GuestMemfd>) -> Option<PageAccount> {
+/// The references to a frame, where they are counted.
+fn references(machine: &dyn Machine, frame: u64) -> Option<u32> {
     // A new page waits for its LRU list with a reference more.
     let _ = machine.drain_lru();
-    machine.page_account(&**gmem, 0).ok().flatten()
+    machine.frame_account(frame).ok().map(|account| account.map_or(0, |account| account.refs))
 }
 
 /// Whether the kernel gives a frame to the next TD: its pages are mapped, and the module's calls say where they lie. A frame
 /// that is another TD's is refused by the module, which ends the next TD too.
 fn is_given_out(module: &dyn TdxModule, next: &mut Subject, frame: u64) -> Result<bool, String> {
     let start = module.position().or_else(step("the module's calls"))?;
-    let _ = next.vcpu.pre_fault(GPA + PAGE_SIZE, (SEARCHED - 1) * PAGE_SIZE, 0);
+    let _ = next.vcpu.pre_fault(GPA + MAPPED * PAGE_SIZE, (SEARCHED - MAPPED) * PAGE_SIZE, 0);
     let calls = module.calls_since(start).or_else(step("the module's calls"))?;
     let maps = |call: &&ModuleCall| !call.guest && matches!(call.leaf, AUG | SEPT_ADD);
     Ok(calls.iter().filter(maps).any(|call| call.operands[2] / PAGE_SIZE == frame))

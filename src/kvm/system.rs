@@ -3,10 +3,10 @@
 use super::facility::Facilities;
 use super::mapping::KvmMapping;
 use super::vm::KvmVm;
-use super::{ioctl, kcore, page, vm};
+use super::{ioctl, page, page_struct, vm};
 use crate::machine::{
-    Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, Release, TdxModule,
-    Vm, VmConfig, VmType,
+    Availability, CpuidEntry, Errno, Facility, Family, HostMemory, Machine, MachineSpec, Mapping, PageAccount, Release,
+    TdxModule, Vm, VmConfig, VmType,
 };
 use crate::uapi::bindings::KVM_MAX_CPUID_ENTRIES;
 use crate::uapi::kvm::KVM_CHECK_EXTENSION;
@@ -111,8 +111,8 @@ impl Machine for KvmMachine {
         page::map_count(frame)
     }
 
-    fn page_references(&self, frame: u64) -> Result<u32, Errno> {
-        kcore::references(frame)
+    fn frame_account(&self, frame: u64) -> Result<Option<PageAccount>, Errno> {
+        page_struct::account(frame)
     }
 
     fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {

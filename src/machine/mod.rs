@@ -91,7 +91,8 @@ pub trait Machine: Send + Sync {
     }
 
     /// The references to a page frame, whether a file has it or not; `None` for a frame that nobody holds. Machines
-    /// without [`Facility::PageAccount`] answer ENOSYS.
+    /// with neither [`Facility::PageAccount`] nor [`Facility::Kcore`] answer an errno, and so do kernels that do not
+    /// tell where their `struct page`s are.
     fn frame_account(&self, _frame: u64) -> Result<Option<PageAccount>, Errno> {
         Err(Errno::ENOSYS)
     }

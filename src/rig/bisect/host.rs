@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Runner, Trial};
+use super::{Runner, Trial, child};
 use crate::harness::{Outcome, Suite};
 use crate::report::{Document, Json};
 use crate::rig::boot_image::BootImage;
@@ -50,22 +50,19 @@ impl Runner for HostRunner<'_> {
     /// Deploys the kernel and waits for the machine; it must come back with another boot id, and with this kernel.
     fn prepare(&mut self, image: &BootImage) -> Result<Option<Trial>> {
         let before = self.boot_id().with_context(|| format!("--host {}: cannot be reached", self.host))?;
-        let deployed = Command::new("sh")
+        let mut deploy = Command::new("sh");
+        deploy
             .args(["-c", &self.deploy.command])
             .env("GMEMTEST_KERNEL", image.path())
             .env("GMEMTEST_RELEASE", image.release())
-            .env("GMEMTEST_HOST", &self.host)
-            .stdin(Stdio::null())
-            .output()
-            .context("sh cannot be started")?;
+            .env("GMEMTEST_HOST", &self.host);
+        let deployed = child::run("--deploy", &mut deploy, self.stop)?;
         if !deployed.status.success() {
-            return Ok(Some(Trial::none(format!("--deploy failed ({})", deployed.status), lines(&deployed))));
+            return Ok(Some(Trial::none(format!("--deploy failed ({})", deployed.status), deployed.tail)));
         }
         let start = Instant::now();
         loop {
-            if let Some(signal) = self.stop.seen() {
-                bail!("stopped by signal {signal}");
-            }
+            child::interrupted(self.stop)?;
             if self.boot_id().is_ok_and(|now| now != before) {
                 break;
             }
@@ -75,7 +72,7 @@ impl Runner for HostRunner<'_> {
                     self.host,
                     start.elapsed().as_secs()
                 );
-                return Ok(Some(Trial::none(why, lines(&deployed))));
+                return Ok(Some(Trial::none(why, deployed.tail)));
             }
             sleep(LOOK.min(self.deploy.patience));
         }
@@ -108,9 +105,7 @@ impl Runner for HostRunner<'_> {
             }
         }
         let output = ssh.wait_with_output().context("ssh")?;
-        if let Some(signal) = self.stop.seen() {
-            bail!("stopped by signal {signal}");
-        }
+        child::interrupted(self.stop)?;
         // The connection may have ended with the machine: then it comes back with another boot id, or not at all.
         if !replay.is_finished() {
             let same = self.boot_id().is_ok_and(|now| now == before);

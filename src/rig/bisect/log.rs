@@ -8,15 +8,19 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::Judged;
+use super::{Judged, Verdict};
 
 /// What a bisection is about; a log is taken up only by the same one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Header {
-    /// `gmemtest-bisect/1`.
+    /// `gmemtest-bisect/2`.
     pub schema: String,
     /// Paths of the images in order, or the tree with the good and the bad revision.
     pub subjects: Vec<String>,
+    /// What revisions are built with: the configuration and its fragments; nothing for images.
+    pub build: Vec<String>,
+    /// What the machine is made of.
+    pub machine: String,
     /// The tests.
     pub command: Vec<String>,
     /// The four rates: failing, noise, false bad, false good.
@@ -51,7 +55,12 @@ impl Log {
             match serde_json::from_str::<Header>(first) {
                 Ok(found) if found == *header => {}
                 Ok(_) => bail!("{} is of another bisection: give --log another file, or remove it", path.display()),
-                Err(_) => bail!("{} is not the log of a bisection: give --log another file", path.display()),
+                Err(_) => {
+                    bail!(
+                        "{} is not the log of a bisection, or of another gmemtest: give --log another file",
+                        path.display()
+                    )
+                }
             }
             for line in lines {
                 let judged: Judged = serde_json::from_str(line).with_context(shown)?;
@@ -70,6 +79,13 @@ impl Log {
     /// The verdict on a kernel, when it has one.
     pub fn verdict(&self, subject: &str) -> Option<&Judged> {
         self.verdicts.get(subject)
+    }
+
+    /// Lets a kernel be tried again that could not be judged.
+    pub fn forget_untold(&mut self, subject: &str) {
+        if self.verdict(subject).is_some_and(|judged| judged.verdict == Verdict::CannotTell) {
+            self.verdicts.remove(subject);
+        }
     }
 
     /// Every verdict.
@@ -97,13 +113,15 @@ impl Log {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Trial, Verdict};
+    use super::super::Trial;
     use super::*;
 
     fn header(test: &str) -> Header {
         Header {
-            schema: "gmemtest-bisect/1".to_owned(),
+            schema: "gmemtest-bisect/2".to_owned(),
             subjects: vec!["a".to_owned(), "b".to_owned()],
+            build: Vec::new(),
+            machine: "2 CPUs".to_owned(),
             command: vec!["run".to_owned(), test.to_owned()],
             rates: [1.0, 0.0, 0.01, 0.01],
         }

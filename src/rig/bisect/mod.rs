@@ -5,12 +5,15 @@
 //! every verdict in a [`log`], from which an interrupted bisection goes on. [`rigged`] runs the tests in a kernel under
 //! QEMU, [`host`] on another machine that is made to boot the kernel.
 
+mod child;
+mod git;
 mod host;
 mod log;
 mod rigged;
 mod search;
 mod sequential;
 mod tree;
+mod worktree;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};

@@ -5,19 +5,23 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Judged, Log, Trial, Verdict};
+use super::git::{self, git};
+use super::worktree::Worktree;
+use super::{Judged, Log, Trial, Verdict, child};
 use crate::rig::boot_image::BootImage;
+use crate::rig::stop::StopSignal;
 
 /// The config fragments of scripts/config, by name.
-pub const FRAGMENTS: [(&str, &str); 4] = [
+pub const FRAGMENTS: [(&str, &str); 5] = [
     ("base", include_str!("../../../scripts/config/base.config")),
     ("coco", include_str!("../../../scripts/config/coco.config")),
     ("debug", include_str!("../../../scripts/config/debug.config")),
     ("fault", include_str!("../../../scripts/config/fault.config")),
+    ("tdx-sim", include_str!("../../../scripts/config/tdx-sim.config")),
 ];
 
 /// How a kernel is built.
@@ -27,6 +31,8 @@ pub struct BuildOptions {
     pub config: Option<PathBuf>,
     /// Names of [`FRAGMENTS`], or paths.
     pub fragments: Vec<String>,
+    /// Patches that every revision gets before it is built, in their order.
+    pub patches: Vec<PathBuf>,
     /// make -j.
     pub jobs: usize,
 }
@@ -53,7 +59,7 @@ pub enum TreeFound {
 #[derive(Debug)]
 pub struct Tree {
     repository: PathBuf,
-    worktree: PathBuf,
+    worktree: Worktree,
     build: PathBuf,
     options: BuildOptions,
 }
@@ -69,18 +75,16 @@ impl Tree {
         for name in &options.fragments {
             fragment(name)?;
         }
+        let absolute =
+            |path: &PathBuf| path.canonicalize().with_context(|| format!("--patch {}: cannot be read", path.display()));
+        let patches = options.patches.iter().map(absolute).collect::<Result<_>>()?;
+        let options = BuildOptions { patches, ..options };
         fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))?;
         let out = out.canonicalize().with_context(|| format!("--out {}", out.display()))?;
-        let tree = Tree { worktree: out.join("tree"), build: out.join("build"), repository, options };
-        git(&tree.repository, &["rev-parse", "--git-dir"])
-            .with_context(|| format!("--tree {}: is not a git repository", tree.repository.display()))?;
-        if !tree.worktree.join(".git").exists() {
-            let path = tree.worktree.to_string_lossy().into_owned();
-            // One whose directory was removed by hand is forgotten first.
-            git(&tree.repository, &["worktree", "prune"])?;
-            git(&tree.repository, &["worktree", "add", "--detach", "--force", &path, "HEAD"])?;
-        }
-        Ok(tree)
+        git(&repository, &["rev-parse", "--git-dir"])
+            .with_context(|| format!("--tree {}: is not a git repository", repository.display()))?;
+        let worktree = Worktree::open(&repository, &out)?;
+        Ok(Tree { repository, worktree, build: out.join("build"), options })
     }
 
     /// The commit that a revision names.
@@ -119,41 +123,44 @@ impl Tree {
         mut judge: impl FnMut(&Tree, &str) -> Result<Verdict>,
     ) -> Result<TreeFound> {
         // Left over from a bisection that was interrupted; the log knows its verdicts.
-        let _ = git(&self.worktree, &["bisect", "reset"]);
+        let _ = git(&self.worktree.path(), &["bisect", "reset"]);
         for (revision, taken_for) in [(good, Verdict::Good), (bad, Verdict::Bad)] {
-            git(&self.worktree, &["checkout", "--quiet", "--detach", "--force", revision])?;
+            git(&self.worktree.path(), &["checkout", "--quiet", "--detach", "--force", revision])?;
             let is = judge(self, revision)?;
             if is != taken_for {
                 return Ok(TreeFound::WrongEnd { revision: revision.to_owned(), taken_for, is });
             }
         }
-        let mut said = git_said(&self.worktree, &["bisect", "start", "--no-checkout", bad, good])?;
+        let mut said = git::said(&self.worktree.path(), &["bisect", "start", "--no-checkout", bad, good])?;
         loop {
             if let Some(found) = found(&said.text) {
-                let _ = git(&self.worktree, &["bisect", "reset"]);
+                let _ = git(&self.worktree.path(), &["bisect", "reset"]);
                 return Ok(found);
             }
             if !said.success {
                 bail!("git bisect: {}", said.text.trim());
             }
             // --no-checkout leaves the choice in BISECT_HEAD; checking it out here keeps git's own output out of the way.
-            let next = git(&self.worktree, &["rev-parse", "--verify", "BISECT_HEAD"])?;
-            git(&self.worktree, &["checkout", "--quiet", "--detach", "--force", &next])?;
+            let next = git(&self.worktree.path(), &["rev-parse", "--verify", "BISECT_HEAD"])?;
+            git(&self.worktree.path(), &["checkout", "--quiet", "--detach", "--force", &next])?;
             let word = match judge(self, &next)? {
                 Verdict::Good => "good",
                 Verdict::Bad => "bad",
                 Verdict::CannotTell => "skip",
             };
-            said = git_said(&self.worktree, &["bisect", word, &next])?;
+            said = git::said(&self.worktree.path(), &["bisect", word, &next])?;
         }
     }
 
     /// Builds what is checked out; the run without a result says why it cannot be built.
     ///
     /// # Errors
-    /// When make cannot be started, or the configuration cannot be written.
-    pub fn build(&self, commit: &str) -> Result<std::result::Result<BootImage, Judged>> {
+    /// When make cannot be started or was stopped by a signal, or the configuration cannot be written.
+    pub fn build(&self, commit: &str, stop: &StopSignal) -> Result<std::result::Result<BootImage, Judged>> {
         fs::create_dir_all(&self.build).context("the build directory")?;
+        if let Some(failed) = self.patch(commit, stop)? {
+            return Ok(Err(failed));
+        }
         let config = self.build.join(".config");
         let steps: &[&[&str]] = match &self.options.config {
             Some(_) => &[&["olddefconfig"]],
@@ -163,16 +170,16 @@ impl Tree {
             fs::copy(given, &config).with_context(|| format!("--config {}", given.display()))?;
         }
         for targets in steps {
-            if let Some(failed) = self.make(commit, targets)? {
+            if let Some(failed) = self.make(commit, targets, stop)? {
                 return Ok(Err(failed));
             }
         }
-        if let Some(failed) = self.merge(commit)? {
+        if let Some(failed) = self.merge(commit, stop)? {
             return Ok(Err(failed));
         }
         let jobs = format!("-j{}", self.options.jobs);
         for targets in [&["olddefconfig"][..], &[&jobs, "bzImage"]] {
-            if let Some(failed) = self.make(commit, targets)? {
+            if let Some(failed) = self.make(commit, targets, stop)? {
                 return Ok(Err(failed));
             }
         }
@@ -182,9 +189,32 @@ impl Tree {
         }
     }
 
+    /// Applies the patches that the revision does not have already. They go into the index as well, so that the next
+    /// checkout takes them away with the files that they add.
+    fn patch(&self, commit: &str, stop: &StopSignal) -> Result<Option<Judged>> {
+        let apply = |patch: &Path, how: &[&str]| {
+            let mut command = Command::new("git");
+            command.arg("-C").arg(self.worktree.path()).arg("apply").args(how).arg(patch).env("LC_ALL", "C");
+            command
+        };
+        for patch in &self.options.patches {
+            let there = child::run("git apply", &mut apply(patch, &["--check", "--reverse"]), stop)?;
+            if there.status.success() {
+                continue;
+            }
+            let name = format!("git apply {}", patch.display());
+            if let Some(failed) =
+                self.step(commit, &name, apply(patch, &["--index", "-C1", "--whitespace=nowarn"]), stop)?
+            {
+                return Ok(Some(failed));
+            }
+        }
+        Ok(None)
+    }
+
     /// Merges the fragments with the tree's own script; a revision without it gets them appended, for olddefconfig to
     /// sort out.
-    fn merge(&self, commit: &str) -> Result<Option<Judged>> {
+    fn merge(&self, commit: &str, stop: &StopSignal) -> Result<Option<Judged>> {
         if self.options.fragments.is_empty() {
             return Ok(None);
         }
@@ -195,7 +225,7 @@ impl Tree {
         let config = self.build.join(".config");
         let merged = self.build.join("gmemtest.config");
         fs::write(&merged, &text).context("the merged fragments")?;
-        let script = self.worktree.join("scripts/kconfig/merge_config.sh");
+        let script = self.worktree.path().join("scripts/kconfig/merge_config.sh");
         if !script.exists() {
             let mut whole = fs::read_to_string(&config).unwrap_or_default();
             whole.push_str(&text);
@@ -203,32 +233,31 @@ impl Tree {
             return Ok(None);
         }
         let mut command = Command::new("sh");
-        command.arg(script).arg("-O").arg(&self.build).arg("-m").arg(&config).arg(&merged).current_dir(&self.worktree);
-        self.step(commit, "merge_config.sh", command)
+        command
+            .arg(script)
+            .arg("-O")
+            .arg(&self.build)
+            .arg("-m")
+            .arg(&config)
+            .arg(&merged)
+            .current_dir(self.worktree.path());
+        self.step(commit, "merge_config.sh", command, stop)
     }
 
-    fn make(&self, commit: &str, targets: &[&str]) -> Result<Option<Judged>> {
+    fn make(&self, commit: &str, targets: &[&str], stop: &StopSignal) -> Result<Option<Judged>> {
         let mut command = Command::new("make");
-        command.arg("-C").arg(&self.worktree).arg(format!("O={}", self.build.display()));
+        command.arg("-C").arg(self.worktree.path()).arg(format!("O={}", self.build.display()));
         if let Some(compiler) = with_ccache() {
             command.arg(format!("CC={compiler}"));
         }
         command.args(targets);
-        self.step(commit, &format!("make {}", targets.join(" ")), command)
+        self.step(commit, &format!("make {}", targets.join(" ")), command, stop)
     }
 
-    fn step(&self, commit: &str, name: &str, mut command: Command) -> Result<Option<Judged>> {
-        let output = command.stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be started"))?;
-        Ok((!output.status.success())
-            .then(|| Judged::untried(commit, Trial::none(format!("{name} failed ({})", output.status), tail(&output)))))
-    }
-}
-
-/// Removes the worktree; the build stays for the next bisection.
-impl Drop for Tree {
-    fn drop(&mut self) {
-        let path = self.worktree.to_string_lossy().into_owned();
-        let _ = git(&self.repository, &["worktree", "remove", "--force", &path]);
+    fn step(&self, commit: &str, name: &str, mut command: Command, stop: &StopSignal) -> Result<Option<Judged>> {
+        let ended = child::run(name, &mut command, stop)?;
+        let failed = || Trial::none(format!("{name} failed ({})", ended.status), ended.tail.clone());
+        Ok((!ended.status.success()).then(|| Judged::untried(commit, failed())))
     }
 }
 
@@ -250,39 +279,6 @@ fn with_ccache() -> Option<String> {
         .then(|| format!("ccache {}", std::env::var("CC").unwrap_or_else(|_| "gcc".to_owned())))
 }
 
-fn tail(output: &Output) -> Vec<String> {
-    let text = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
-    let mut lines: Vec<String> = String::from_utf8_lossy(&text).lines().map(str::to_owned).collect();
-    lines.drain(..lines.len().saturating_sub(20));
-    lines
-}
-
-struct Said {
-    text: String,
-    success: bool,
-}
-
-fn git_said(directory: &Path, arguments: &[&str]) -> Result<Said> {
-    let output = Command::new("git")
-        .arg("-C")
-        .arg(directory)
-        .args(arguments)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .context("git cannot be started")?;
-    let text = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
-    Ok(Said { text: String::from_utf8_lossy(&text).into_owned(), success: output.status.success() })
-}
-
-fn git(directory: &Path, arguments: &[&str]) -> Result<String> {
-    let said = git_said(directory, arguments)?;
-    match said.success {
-        true => Ok(said.text.trim().to_owned()),
-        false => bail!("git {}: {}", arguments.join(" "), said.text.trim()),
-    }
-}
-
 /// The end of a bisection in what git says.
 fn found(text: &str) -> Option<TreeFound> {
     let is_commit = |word: &str| word.len() >= 40 && word.chars().all(|c| c.is_ascii_hexdigit());
@@ -299,7 +295,8 @@ fn found(text: &str) -> Option<TreeFound> {
 mod tests {
     use super::*;
 
-    /// A repository with `count` commits, each of which has its number in `file`.
+    /// A repository with `count` commits, each of which has its number in `file` and the same in `kept`; the first one has
+    /// a file more.
     fn repository(count: usize) -> (tempfile::TempDir, Vec<String>) {
         let directory = tempfile::tempdir().unwrap();
         let run = |arguments: &[&str]| git(directory.path(), arguments).unwrap();
@@ -307,7 +304,10 @@ mod tests {
         let mut commits = Vec::new();
         for number in 0..count {
             fs::write(directory.path().join("file"), number.to_string()).unwrap();
-            run(&["add", "file"]);
+            fs::write(directory.path().join("kept"), "the same").unwrap();
+            let first = directory.path().join("first");
+            let _ = if number == 0 { fs::write(first, "") } else { fs::remove_file(first) };
+            run(&["add", "--all"]);
             run(&["-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", &format!("change {number}")]);
             commits.push(run(&["rev-parse", "HEAD"]));
         }
@@ -315,7 +315,7 @@ mod tests {
     }
 
     fn options() -> BuildOptions {
-        BuildOptions { config: None, fragments: Vec::new(), jobs: 1 }
+        BuildOptions { config: None, fragments: Vec::new(), patches: Vec::new(), jobs: 1 }
     }
 
     fn bisect(count: usize, verdict: impl Fn(usize) -> Verdict) -> (TreeFound, Vec<String>, usize) {
@@ -325,12 +325,14 @@ mod tests {
         let mut asked = 0;
         let found = tree.bisect(&commits[0], &commits[count - 1], |tree, commit| {
             asked += 1;
-            let checked_out: usize = fs::read_to_string(tree.worktree.join("file")).unwrap().parse().unwrap();
+            let checked_out: usize = fs::read_to_string(tree.worktree.path().join("file")).unwrap().parse().unwrap();
             assert_eq!(commits[checked_out], commit, "what is judged is checked out");
             Ok(verdict(checked_out))
         });
         drop(tree);
-        assert!(!out.path().join("tree").exists(), "the worktree is removed");
+        let worktrees = git(directory.path(), &["worktree", "list"]).unwrap();
+        assert_eq!(worktrees.lines().count(), 1, "{worktrees}");
+        assert_eq!(git(directory.path(), &["for-each-ref", "refs/bisect"]).unwrap(), "");
         assert_eq!(git(directory.path(), &["status", "--porcelain"]).unwrap(), "");
         (found.unwrap(), commits, asked)
     }
@@ -361,6 +363,34 @@ mod tests {
     }
 
     #[test]
+    fn files_that_do_not_differ_keep_their_times_in_the_next_bisection() {
+        use std::os::unix::fs::MetadataExt;
+        let (directory, commits) = repository(4);
+        let out = tempfile::tempdir().unwrap();
+        let bisect = || {
+            let tree = Tree::open(directory.path(), out.path(), options()).unwrap();
+            let found = tree.bisect(&commits[0], &commits[3], |tree, commit| {
+                let number = fs::read_to_string(tree.worktree.path().join("file")).unwrap();
+                assert_eq!(commits[number.parse::<usize>().unwrap()], commit);
+                assert_eq!(tree.worktree.path().join("first").exists(), commit == commits[0], "removed when not of it");
+                Ok(if commit == commits[3] { Verdict::Bad } else { Verdict::Good })
+            });
+            assert_eq!(found.unwrap(), TreeFound::First(commits[3].clone()));
+            let made = fs::metadata(tree.worktree.path().join("kept")).unwrap();
+            (made.ino(), made.mtime(), made.mtime_nsec())
+        };
+        let first = bisect();
+        assert_eq!(bisect(), first, "checked out anew");
+        // Killed: the worktree is still there, and gone on with.
+        std::mem::forget(Tree::open(directory.path(), out.path(), options()).unwrap());
+        assert_eq!(bisect(), first, "checked out anew");
+        // Forgotten by the repository meanwhile.
+        std::mem::forget(Tree::open(directory.path(), out.path(), options()).unwrap());
+        fs::remove_dir_all(directory.path().join(".git/worktrees")).unwrap();
+        bisect();
+    }
+
+    #[test]
     fn ends_are_tried_first() {
         let (found, commits, asked) = bisect(8, |_| Verdict::Good);
         let wrong = TreeFound::WrongEnd { revision: commits[7].clone(), taken_for: Verdict::Bad, is: Verdict::Good };
@@ -376,7 +406,7 @@ mod tests {
         let missing = BuildOptions { fragments: vec!["nosuch".to_owned()], ..options() };
         let error = Tree::open(directory.path(), out.path(), missing).unwrap_err().to_string();
         assert!(
-            error.starts_with("--fragment nosuch: is neither one of base, coco, debug, fault nor a file"),
+            error.starts_with("--fragment nosuch: is neither one of base, coco, debug, fault, tdx-sim nor a file"),
             "{error}"
         );
         let error = Tree::open(Path::new("/nonexistent"), out.path(), options()).unwrap_err().to_string();
