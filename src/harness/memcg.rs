@@ -3,7 +3,7 @@
 //! The kernel charges pages of a guest_memfd, and what KVM allocates for a VM, to the cgroup of the process that asked for
 //! them. Nothing else in the system disturbs that count, as it does MemFree.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
@@ -15,6 +15,78 @@ use crate::machine::SkipKind;
 const ROOT: &str = "/sys/fs/cgroup";
 /// The group's name is this and the process's number.
 const PREFIX: &str = "gmemtest-";
+/// An empty group that says that the memory controller was not handed down from the root before.
+const MARK: &str = "gmemtest-hands-back";
+
+/// The memory controller below the root of cgroup2. Whoever is the last to drop it hands the controller back, if it was not
+/// handed down before the first; a process that was killed has dropped it too, and is made up for by the next.
+#[derive(Debug)]
+struct Controller {
+    /// The root, locked shared: it can be locked exclusively when nobody else needs the controller.
+    root: File,
+}
+
+impl Controller {
+    fn hand_down() -> TestResult<Controller> {
+        let root = File::open(ROOT)?;
+        root.lock_shared()?;
+        let controller = Controller { root };
+        if !hands_down_memory()? {
+            make(&Path::new(ROOT).join(MARK))?;
+            fs::write(control(), "+memory").map_err(|error| refused("+memory to cgroup.subtree_control", error))?;
+        }
+        Ok(controller)
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        // Nobody is left to tell: what cannot be undone here, the end of the run undoes.
+        let _ = self.root.unlock();
+        hand_back(&self.root);
+    }
+}
+
+/// Hands the controller back, unless somebody still needs it.
+fn hand_back(root: &File) {
+    if root.try_lock().is_ok() && fs::remove_dir(Path::new(ROOT).join(MARK)).is_ok() {
+        let _ = fs::write(control(), "-memory");
+    }
+}
+
+fn control() -> PathBuf {
+    Path::new(ROOT).join("cgroup.subtree_control")
+}
+
+fn hands_down_memory() -> std::io::Result<bool> {
+    Ok(fs::read_to_string(control())?.split_ascii_whitespace().any(|name| name == "memory"))
+}
+
+/// Makes a group; one that is there already will do.
+fn make(path: &Path) -> TestResult {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(refused("mkdir", error)),
+        _ => Ok(()),
+    }
+}
+
+fn refused(what: &str, error: std::io::Error) -> Stop {
+    let kind = match error.kind() {
+        std::io::ErrorKind::PermissionDenied => SkipKind::NoPrivilege,
+        _ => SkipKind::ConfigOff,
+    };
+    Stop::skip(kind, format!("{what}: {error} (the root of cgroup2, writable, on {ROOT})"))
+}
+
+/// Undoes what tests that were killed left of their groups. A system where none ever was is not touched.
+pub(super) fn clear_away() {
+    remove_old_groups();
+    if Path::new(ROOT).join(MARK).exists()
+        && let Ok(root) = File::open(ROOT)
+    {
+        hand_back(&root);
+    }
+}
 
 /// A memory cgroup with this process in it, on one CPU: the kernel charges in advance, 64 pages for each CPU. Dropped, the
 /// process is where it was, and the group is gone.
@@ -23,8 +95,8 @@ pub struct MemoryGroup {
     path: PathBuf,
     before: PathBuf,
     cpus: CpuSet,
-    /// Whether the memory controller was handed down from the root for this.
-    handed_down: bool,
+    /// Dropped after the group has gone.
+    _controller: Controller,
 }
 
 impl MemoryGroup {
@@ -36,23 +108,12 @@ impl MemoryGroup {
         remove_old_groups();
         let own = fs::read_to_string("/proc/self/cgroup")?;
         let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned();
-        let control = Path::new(ROOT).join("cgroup.subtree_control");
-        let has_memory = |text: &str| text.split_ascii_whitespace().any(|name| name == "memory");
-        let handed_down = !has_memory(&fs::read_to_string(&control)?);
-        let refused = |what: &str, error: std::io::Error| {
-            let kind = match error.kind() {
-                std::io::ErrorKind::PermissionDenied => SkipKind::NoPrivilege,
-                _ => SkipKind::ConfigOff,
-            };
-            Stop::skip(kind, format!("{what}: {error} (the root of cgroup2, writable, on {ROOT})"))
-        };
-        if handed_down {
-            fs::write(&control, "+memory").map_err(|error| refused("+memory to cgroup.subtree_control", error))?;
-        }
+        let controller = Controller::hand_down()?;
         let path = Path::new(ROOT).join(format!("{PREFIX}{}", std::process::id()));
         let cpus = sched_getaffinity(Pid::from_raw(0))?;
-        let group = MemoryGroup { path, before: Path::new(ROOT).join(own.trim_start_matches('/')), cpus, handed_down };
-        fs::create_dir(&group.path).map_err(|error| refused("mkdir", error))?;
+        let before = Path::new(ROOT).join(own.trim_start_matches('/'));
+        let group = MemoryGroup { path, before, cpus, _controller: controller };
+        make(&group.path)?;
         fs::write(group.path.join("cgroup.procs"), "0").map_err(|error| refused("cgroup.procs", error))?;
         let mut one = CpuSet::new();
         one.set(sched_getcpu()?)?;
@@ -94,13 +155,10 @@ impl MemoryGroup {
 
 impl Drop for MemoryGroup {
     fn drop(&mut self) {
-        // Nobody is left to tell: what cannot be undone here, the next test's `remove_old_groups` undoes.
+        // Nobody is left to tell: what cannot be undone here, the next test or the end of the run undoes.
         let _ = sched_setaffinity(Pid::from_raw(0), &self.cpus);
         let _ = fs::write(self.before.join("cgroup.procs"), "0");
         let _ = fs::remove_dir(&self.path);
-        if self.handed_down {
-            let _ = fs::write(Path::new(ROOT).join("cgroup.subtree_control"), "-memory");
-        }
     }
 }
 

@@ -26,7 +26,7 @@ use super::plan::{Claim, Plan};
 use super::running::{End, Running};
 use super::start::{How, Task};
 use super::watch::Watch;
-use super::{Seed, Sharing, descendants, wire};
+use super::{Seed, Sharing, descendants, memcg, wire};
 use crate::machine::{MachineSpec, SkipKind};
 use crate::observe::is_complaint;
 
@@ -408,6 +408,7 @@ impl Runner<'_> {
                 "killed process {pid} ({name}), which some test of this run left behind"
             )));
         }
+        memcg::clear_away();
         self.look_at_kernel(&mut []);
     }
 

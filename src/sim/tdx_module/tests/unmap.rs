@@ -188,3 +188,19 @@ fn six_faults_at_one_rip_arm_the_zero_step_filter() {
     f.module.lock_by_hand(LpId(0), tree, shared, super::super::lock::Side::Host).unwrap().unwrap();
     super::expect_on(&mut f, LpId(1), Leaf::VpEnter, &[("rcx", vcpu)], "TDX_OPERAND_BUSY|SEPT_TREE");
 }
+
+/// A guest that is not let in can never accept the page.
+#[test]
+fn a_suspected_page_that_waits_for_its_acceptance_lets_the_guest_in() {
+    let mut f = Fixture::s2();
+    for _ in 0..7 {
+        enter(&mut f, LpId(1));
+        assert!(matches!(f.module.guest_read(LpId(1), 0x5000).unwrap(), GuestOutcome::Exit(_)));
+    }
+    let (tdr, page) = (f.tdr, f.page());
+    f.must(Leaf::MemPageAug, &[("rcx", 0x5000), ("rdx", tdr), ("r8", page)]);
+    enter(&mut f, LpId(1));
+    let accepted = f.module.guest_accept(LpId(1), 0x5000, 0).unwrap();
+    assert_eq!(accepted, GuestOutcome::Tdcall(status("TDX_SUCCESS")));
+    check(&f);
+}
