@@ -5,13 +5,12 @@
 //! zero or a stamp that is younger than the call; and a store that was made after the call is found there. No test asserts
 //! on time; all of them end after a fixed number of rounds.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use gmemtest::harness::{Context, GmemVm, Rng, TestResult};
-use gmemtest::machine::{Errno, Exit, GuestMemfd, GuestOp, Mapping, PAGE_SIZE, Reply, Vcpu, VcpuControl, VmType};
+use gmemtest::harness::{AtFault, Context, GmemVm, GuestWriter, Rng, TestResult};
+use gmemtest::machine::{Errno, Exit, GuestMemfd, GuestOp, Mapping, PAGE_SIZE, Reply, Vcpu, VmType};
 use gmemtest::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 use gmemtest::{claim, claim_eq, claim_ok, fail};
 
@@ -60,83 +59,8 @@ const PAGE: u64 = PAGE_SIZE;
 const ROUNDS: u64 = 150;
 /// What page 0 holds before it is punched.
 const MARK: u64 = 0x3A2C;
-/// The time limit of the tests, less what ending one takes.
-const WHOLE_TEST: Duration = Duration::from_secs(290);
 /// How long a waiting thread leaves its CPU to the others.
 const PAUSE: Duration = Duration::from_micros(20);
-
-/// A vCPU that stores a rising counter to one address without pause, on a thread of its own.
-struct GuestWriter {
-    control: Arc<dyn VcpuControl>,
-    thread: thread::JoinHandle<(Box<dyn Vcpu>, Exit)>,
-}
-
-/// What the writer does at KVM_EXIT_MEMORY_FAULT.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum AtFault {
-    Leave,
-    TryAgain,
-}
-
-impl GuestWriter {
-    /// Starts it, and waits until it has stored. A store without a slot is dropped; a memory fault ends it.
-    fn start(vcpu: Box<dyn Vcpu>, gpa: u64) -> GuestWriter {
-        GuestWriter::start_with(vcpu, gpa, AtFault::Leave)
-    }
-
-    fn start_with(mut vcpu: Box<dyn Vcpu>, gpa: u64, at_fault: AtFault) -> GuestWriter {
-        let control = vcpu.control();
-        // It runs as long as the test does, which is long on a busy emulator.
-        vcpu.set_time_limit(WHOLE_TEST);
-        let thread = thread::spawn(move || {
-            let mut exit = vcpu.execute(GuestOp::WriteUntilStopped { gpa });
-            loop {
-                exit = match exit {
-                    Exit::Mmio { write: Some(_), .. } => vcpu.resume(Reply::None),
-                    Exit::MemoryFault { .. } if at_fault == AtFault::TryAgain => vcpu.resume(Reply::None),
-                    exit => return (vcpu, exit),
-                };
-            }
-        });
-        let writer = GuestWriter { control, thread };
-        writer.wait_for(1);
-        writer
-    }
-
-    /// A stamp that has been stored.
-    fn stored(&self) -> u64 {
-        self.control.iterations()
-    }
-
-    /// Waits until `stamp` has been stored, or the guest is gone.
-    fn wait_for(&self, stamp: u64) {
-        while self.stored() < stamp && !self.thread.is_finished() {
-            thread::sleep(PAUSE);
-        }
-    }
-
-    /// A stamp that was stored as a whole after this was called.
-    fn next(&self) -> TestResult<u64> {
-        // The store after the one that is known may be under way already; the one after that is not.
-        let stamp = self.stored() + 2;
-        self.wait_for(stamp);
-        claim!(self.stored() >= stamp, "the writing guest goes on");
-        Ok(stamp)
-    }
-
-    /// Ends it and gives the vCPU back.
-    fn finish(self) -> TestResult<Box<dyn Vcpu>> {
-        while !self.thread.is_finished() {
-            self.control.stop();
-            thread::yield_now();
-        }
-        match self.thread.join() {
-            Ok((vcpu, Exit::Done(_))) => Ok(vcpu),
-            Ok((_, exit)) => fail!("the writing guest left with {exit:x?}"),
-            Err(_) => fail!("the thread of the vCPU panicked"),
-        }
-    }
-}
 
 /// The one rule: what is found after a call during which `before` was known to be stored.
 fn claim_fresh(found: u64, before: u64, who: &str) -> TestResult {
@@ -161,7 +85,7 @@ fn punch(gmem: &dyn GuestMemfd, rng: &mut Rng) -> TestResult {
 fn host_finds_no_guest_data_from_before_a_punch(cx: &Context) -> TestResult {
     let vm = GmemVm::mappable(cx, PAGES)?;
     let mut rng = cx.rng();
-    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE));
+    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE), AtFault::Leave);
     for _ in 0..ROUNDS {
         vm.shared.write_u64(0, MARK)?;
         let before = writer.stored();
@@ -258,7 +182,7 @@ fn vcpu_finds_no_data_of_another_from_before_a_punch(cx: &Context) -> TestResult
     let vm = GmemVm::new(cx, PAGES)?;
     let mut rng = cx.rng();
     let mut reader = vm.vcpu(1)?;
-    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE));
+    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE), AtFault::Leave);
     for _ in 0..ROUNDS {
         punch_beside(&vm, &mut rng, &writer, &mut *reader)?;
     }
@@ -270,7 +194,7 @@ fn punches_and_allocations_may_race(cx: &Context) -> TestResult {
     let vm = GmemVm::new(cx, PAGES)?;
     let mut rng = cx.rng();
     let mut reader = vm.vcpu(1)?;
-    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE));
+    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE), AtFault::Leave);
     let ending = AtomicBool::new(false);
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -303,7 +227,7 @@ fn punches_and_allocations_may_race(cx: &Context) -> TestResult {
 
 fn no_store_is_lost_while_the_slot_comes_and_goes(cx: &Context) -> TestResult {
     let vm = GmemVm::mappable(cx, PAGES)?;
-    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE));
+    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE), AtFault::Leave);
     let mut latest = 0;
     for _ in 0..ROUNDS / 3 {
         vm.delete_slot()?;
@@ -329,7 +253,7 @@ fn converted_page_takes_no_more_stores_on_its_old_side(cx: &Context) -> TestResu
     }
     let vm = GmemVm::convertible(cx, PAGES)?;
     // A store that began before a conversion and is looked at after it is a memory fault with the flags of before.
-    let writer = GuestWriter::start_with(vm.vcpu(0)?, vm.gpa(PAGE), AtFault::TryAgain);
+    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(PAGE), AtFault::TryAgain);
     for _ in 0..ROUNDS {
         vm.set_attributes(PAGE, PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)?;
         let left = vm.shared.read_u64(PAGE)?;
@@ -354,16 +278,11 @@ fn guest_leaves_whenever_its_file_is_closed(cx: &Context) -> TestResult {
         vm.delete_slot()?;
         vm.gmem = vm.new_file()?;
         vm.create_slot()?;
-        let writer = GuestWriter::start(vcpu, vm.gpa(PAGE));
+        let writer = GuestWriter::start(vcpu, vm.gpa(PAGE), AtFault::Leave);
         // Another file takes the place of this one, which is closed by that.
         vm.gmem = vm.new_file()?;
-        let exit = match writer.thread.join() {
-            Ok((back, exit)) => {
-                vcpu = back;
-                exit
-            }
-            Err(_) => fail!("the thread of the vCPU panicked"),
-        };
+        let (back, exit) = writer.left()?;
+        vcpu = back;
         let (flags, gpa) = (vm.side_without_a_file(cx).fault_flags(), vm.slot_gpa(PAGE));
         let fault = Exit::MemoryFault { errno: Errno::EFAULT, flags, gpa, size: PAGE_SIZE };
         claim_eq!(exit, fault, "how the guest left in round {round}");
@@ -383,7 +302,7 @@ fn random_operations_agree_with_an_array(cx: &Context) -> TestResult {
     let mut rng = cx.rng();
     let mut vcpu = vm.vcpu(1)?;
     // The noise: page 0 belongs to a guest that stores without pause; the others are the model's.
-    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(0));
+    let writer = GuestWriter::start(vm.vcpu(0)?, vm.gpa(0), AtFault::Leave);
     let mut model = [0_u64; MANY as usize];
     for step in 1..=6 * ROUNDS {
         let page = rng.within(1..MANY);

@@ -1,10 +1,15 @@
 //! What KVM asks of the TDX module for each operation.
 
-use gmemtest::harness::{Context, Td, TdMemory, TestResult, init_mem_region, set_cpuid};
-use gmemtest::machine::{
-    FaultWhen, MemoryAttributes, MemoryRegion, ModuleCall, ModuleFault, PAGE_SIZE, TdxAnswer, TdxCommand, TdxData,
-    TdxModule, Vcpu,
+use gmemtest::harness::{Context, GmemVm, Td, TdMemory, TestResult, init_mem_region, set_cpuid};
+use gmemtest::inject::seamcall::{
+    AUG as PAGE_AUG, BLOCK as RANGE_BLOCK, MNG_CREATE, RECLAIM, REMOVE as PAGE_REMOVE, SEPT_ADD, TRACK, WBINVD,
 };
+use gmemtest::machine::{
+    Exit, FaultWhen, GuestOp, MemoryAttributes, MemoryRegion, ModuleCall, ModuleFault, PAGE_SIZE, Reply, TdxAnswer,
+    TdxCommand, TdxData, TdxModule, Vcpu,
+};
+use gmemtest::uapi::kvm::{KVM_CAP_EXIT_HYPERCALL, KVM_MEMORY_ATTRIBUTE_PRIVATE};
+use gmemtest::uapi::kvm_para::{KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_DECRYPTED, KVM_MAP_GPA_RANGE_ENCRYPTED};
 use gmemtest::uapi::kvm_x86::{KVM_TDX_INIT_VCPU, KVM_TDX_MEASURE_MEMORY_REGION};
 use gmemtest::{claim, claim_eq, claim_ok, skip};
 use std::sync::Arc;
@@ -47,27 +52,29 @@ gmemtest::suite! {
         /// After KEY.FREEID every page that is not private memory is reclaimed once: control pages of vCPUs, tables, control
         /// pages of the TD, and the TDR, which is the last and is written back. A failure leaks a page.
         taking_a_td_down runs Alone;
+
+        /// A slot that is made asks nothing of the module; nor does its deletion while nothing is mapped. A failure maps what
+        /// the guest has not touched.
+        slot_alone_is_no_matter_of_the_module runs Alone;
+
+        /// What the guest does: acceptance of a page that is not there is MEM.SEPT.ADD for tables, then MEM.PAGE.AUG before
+        /// the acceptance that succeeds; its MapGPA to shared is, once user space converts, the calls that take a page away,
+        /// and its accesses to the shared page are none; MapGPA back to private is none until the next acceptance. A failure
+        /// is a guest whose conversions cost, or miss, calls.
+        conversions_that_the_guest_asks_for needs [Guest, LazyAccept, MemoryAttributes, ExitHypercall] runs Alone;
     }
 }
 
 const MNG_ADDCX: u16 = 1;
 const PAGE_ADD: u16 = 2;
-const SEPT_ADD: u16 = 3;
 const VP_ADDCX: u16 = 4;
-const PAGE_AUG: u16 = 6;
-const RANGE_BLOCK: u16 = 7;
 const KEY_CONFIG: u16 = 8;
-const MNG_CREATE: u16 = 9;
 const VP_CREATE: u16 = 10;
 const MR_EXTEND: u16 = 16;
 const MR_FINALIZE: u16 = 17;
 const KEY_FREEID: u16 = 20;
 const MNG_INIT: u16 = 21;
 const VP_INIT: u16 = 22;
-const RECLAIM: u16 = 28;
-const PAGE_REMOVE: u16 = 29;
-const TRACK: u16 = 38;
-const WBINVD: u16 = 41;
 
 /// VP.ENTER, VP.FLUSH, and reads and writes of metadata: MNG.RD, PHYMEM.PAGE.RDMD, VP.RD, VP.WR.
 const LEFT_OUT: [u16; 6] = [0, 18, 11, 24, 26, 43];
@@ -338,6 +345,74 @@ fn taking_a_td_down(cx: &Context) -> TestResult {
     reclaimed.sort_unstable();
     given.sort_unstable();
     claim_eq!(reclaimed, given, "the pages that are reclaimed, against those that were given");
+    Ok(())
+}
+
+fn slot_alone_is_no_matter_of_the_module(cx: &Context) -> TestResult {
+    let td = Td::initialized(cx)?;
+    let _vcpu = td.ready_vcpu(0)?;
+    claim_eq!(td.finalize()?, TdxAnswer::OK, "KVM_TDX_FINALIZE_VM");
+    let mut record = Record::start(cx)?;
+    let memory = td.memory(cx, PAGES)?;
+    claim_ok!(memory.gmem.allocate(0, PAGES * PAGE_SIZE));
+    claim_eq!(record.leaves()?, [0; 0], "the calls for a slot of allocated, private memory");
+    claim_ok!(td.vm.set_memory_region(&MemoryRegion::deletion(Td::SLOT)));
+    claim_eq!(record.leaves()?, [0; 0], "the calls for the slot's deletion");
+    Ok(())
+}
+
+/// Calls of the host, runs of one leaf once, and the guest's acceptances that succeeded.
+fn host_and_acceptances(record: &mut Record) -> TestResult<Vec<&'static str>> {
+    let calls = claim_ok!(record.module.calls_since(record.from));
+    record.from = claim_ok!(record.module.position());
+    let name = |call: &ModuleCall| match (call.guest, call.leaf) {
+        (true, ACCEPT) if call.status == 0 => Some("accept"),
+        (true, _) => None,
+        (false, SEPT_ADD) => Some("SEPT.ADD"),
+        (false, PAGE_AUG) => Some("PAGE.AUG"),
+        (false, RANGE_BLOCK) => Some("RANGE.BLOCK"),
+        (false, TRACK) => Some("TRACK"),
+        (false, PAGE_REMOVE) => Some("PAGE.REMOVE"),
+        (false, WBINVD) => Some("PAGE.WBINVD"),
+        (false, leaf) if LEFT_OUT.contains(&leaf) => None,
+        (false, _) => Some("another leaf"),
+    };
+    let mut names: Vec<&str> = calls.iter().filter_map(name).collect();
+    names.dedup();
+    Ok(names)
+}
+
+/// TDG.MEM.PAGE.ACCEPT.
+const ACCEPT: u16 = 6;
+
+fn conversions_that_the_guest_asks_for(cx: &Context) -> TestResult {
+    const REMOVED: [&str; 4] = ["RANGE.BLOCK", "TRACK", "PAGE.REMOVE", "PAGE.WBINVD"];
+    const NONE: [&str; 0] = [];
+    let vm = GmemVm::private(cx, 1)?;
+    claim_ok!(vm.vm.enable_capability(KVM_CAP_EXIT_HYPERCALL, [1 << KVM_HC_MAP_GPA_RANGE, 0, 0, 0]));
+    let mut vcpu = vm.vcpu(0)?;
+    let accept = GuestOp::Accept { gpa: vm.gpa(0), len: PAGE_SIZE, level: 0 };
+    let mut record = Record::start(cx)?;
+    claim_eq!(vcpu.execute(accept), Exit::Done(0), "the first acceptance");
+    claim_eq!(host_and_acceptances(&mut record)?, ["SEPT.ADD", "PAGE.AUG", "accept"], "the calls for it");
+    for (attributes, given, expected) in [
+        (0, KVM_MAP_GPA_RANGE_DECRYPTED, &REMOVED[..]),
+        (KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MAP_GPA_RANGE_ENCRYPTED, &NONE[..]),
+    ] {
+        let exit = vcpu.execute(GuestOp::MapGpa { gpa: vm.gpa(0), pages: 1, attributes: given });
+        claim!(matches!(exit, Exit::Hypercall { .. }), "MapGPA asks user space: {exit:x?}");
+        claim_eq!(host_and_acceptances(&mut record)?, NONE, "the calls for MapGPA, attributes {given:#x}");
+        vm.set_attributes(0, PAGE_SIZE, attributes)?;
+        claim_eq!(host_and_acceptances(&mut record)?, expected, "the calls for the conversion to {attributes:#x}");
+        claim_eq!(vcpu.resume(Reply::Hypercall(0)), Exit::Done(0), "the guest's status");
+        if attributes == 0 {
+            let shared = vm.gpa(0) | vm.vm.shared_bit();
+            claim_eq!(vcpu.execute(GuestOp::write_u64(shared, 1)), Exit::Done(0), "a store to the shared page");
+        }
+        claim_eq!(host_and_acceptances(&mut record)?, NONE, "the calls for the rest of it");
+    }
+    claim_eq!(vcpu.execute(accept), Exit::Done(0), "the second acceptance");
+    claim_eq!(host_and_acceptances(&mut record)?, ["PAGE.AUG", "accept"], "the calls for it, with tables there");
     Ok(())
 }
 

@@ -8,14 +8,15 @@
 use std::sync::OnceLock;
 
 use gmemtest::harness::private_td::{
-    Answer, Event, PrivateTd, Size, claim_module_is_sound, complaints, expected_policy, is_owned, next_frames,
+    Answer, Event, PrivateTd, Size, claim_module_is_sound, complaints, evidence, expected_policy, is_owned, next_frames,
 };
 use gmemtest::harness::{Context, TestResult};
 use gmemtest::inject::seamcall::{
     ALREADY_BLOCKED, BLOCK, BUSY, EPOCH_BUSY, INVALID, REMOVE, TRACK, TRACKING_NOT_DONE, WALK_FAILED, WBINVD,
 };
 use gmemtest::inject::{Failure, Policy, SeamcallFault};
-use gmemtest::machine::{Errno, Exit, Facility, PAGE_SIZE};
+use gmemtest::machine::{Errno, Exit, Facility, Family, PAGE_SIZE};
+use gmemtest::observe::{KernelLog, is_complaint};
 use gmemtest::{claim, claim_eq, claim_ok};
 
 gmemtest::suite! {
@@ -337,6 +338,38 @@ impl Trial<'_> {
     }
 }
 
+/// The evidence of a failing unmap, noted step by step with the result.
+struct Shown {
+    /// `None` where nothing failed.
+    log: Option<Option<KernelLog>>,
+}
+
+impl Shown {
+    fn start(cx: &Context, trial: &Trial<'_>, verdict: Verdict) -> TestResult<Shown> {
+        let fails = matches!(verdict, Verdict::Stuck | Verdict::Mistrusted);
+        let real = cx.machine().spec().family == Family::Kvm;
+        let shown = Shown { log: fails.then(|| KernelLog::open().ok().filter(|_| real)) };
+        shown.after(cx, trial, "mapped")?;
+        Ok(shown)
+    }
+
+    fn after(&self, cx: &Context, trial: &Trial<'_>, what: &str) -> TestResult {
+        if self.log.is_some() {
+            let evidence = evidence(cx, &*trial.td.module, trial.frame())?;
+            cx.note(format_args!("frame {:#x}, {what}: {evidence}", trial.frame()));
+        }
+        Ok(())
+    }
+
+    fn log(self, cx: &Context) {
+        for line in self.log.flatten().map(|mut log| log.read()).unwrap_or_default() {
+            if is_complaint(&line) {
+                cx.note(format_args!("kernel log: {line}"));
+            }
+        }
+    }
+}
+
 fn try_row(cx: &Context, row: &Row) -> TestResult {
     let policy = expected_policy(cx);
     let on_file = cx.has(Facility::InPlaceConversion);
@@ -355,8 +388,14 @@ fn try_row(cx: &Context, row: &Row) -> TestResult {
     let before = if row.event == Event::MemoryFailure { 0 } else { index };
     let fault = trial.td.plan(&row.fault, index, before)?;
     let mark = complaints(cx.machine());
+    let shown = Shown::start(cx, &trial, verdict)?;
     let answer = trial.td.meet(cx, row.event, index)?;
-    claim!(claim_ok!(trial.td.module.fault_hits(fault)) > 0, "the fault has struck");
+    shown.after(cx, &trial, &format!("{} returned {answer:?}", row.event.name()))?;
+    claim!(
+        claim_ok!(trial.td.module.fault_hits(fault)) > 0,
+        "the fault has struck; {} returned {answer:?}",
+        row.event.name()
+    );
     trial.check_answer(answer)?;
     trial.check_page()?;
     let stuck = verdict == Verdict::Stuck && !trial.is_reported();
@@ -369,7 +408,10 @@ fn try_row(cx: &Context, row: &Row) -> TestResult {
         trial.check_second_try()?;
     }
     trial.check_file_still_works()?;
+    shown.after(cx, &trial, "after a punch of the whole file")?;
     trial.td.take_down();
+    shown.after(cx, &trial, "after the end of the TD")?;
+    shown.log(cx);
     claim_eq!(
         is_owned(&*trial.td.module, trial.td.tdr)?,
         stuck,

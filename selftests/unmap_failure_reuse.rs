@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use gmemtest::harness::private_td::{Event, PrivateTd, Size, claim_module_is_sound, expected_policy, is_owned};
-use gmemtest::harness::{Context, TestResult};
+use gmemtest::harness::{Context, OneCpu, TestResult};
 use gmemtest::inject::seamcall::{AUG, METADATA_INCORRECT, REMOVE, TRACKING_NOT_DONE};
 use gmemtest::inject::{Failure, Policy, SeamcallFault};
-use gmemtest::machine::{Errno, Exit, Facility, GuestOp, HostFault, HostMemory, MemoryRegion, PAGE_SIZE, Protection};
+use gmemtest::machine::{
+    Errno, Exit, Facility, Family, GuestOp, HostFault, HostMemory, MemoryRegion, PAGE_SIZE, Protection,
+};
 use gmemtest::{claim, claim_eq, claim_matches, claim_ok, skip};
 
 gmemtest::suite! {
@@ -121,18 +123,25 @@ fn next_td_is_bugged_exactly_when_it_gets_the_frame(cx: &Context, &size: &Size) 
 
 fn host_that_gets_the_frame_finds_no_secret(cx: &Context) -> TestResult {
     let policy = expected_policy(cx);
+    // A real kernel gives out first what was freed on the same CPU, and has its own ideas of the order.
+    let real = cx.machine().spec().family == Family::Kvm;
+    let _here = real.then(OneCpu::stay);
     let mut td = PrivateTd::new(cx, Size::Base, 3)?;
     fail_remove(&td)?;
     td.meet(cx, Event::Close, STUCK)?;
     let frame = td.frames[STUCK as usize];
-    let len = 64 * PAGE_SIZE;
+    let len = if real { 4096 } else { 64 } * PAGE_SIZE;
     let memory = claim_ok!(cx.machine().host_memory(HostMemory::Anonymous, len));
     let mut found = None;
     for at in (0..len).step_by(PAGE_SIZE as usize) {
         claim_ok!(memory.write_u64(at + 8, at));
         if claim_ok!(memory.frame(at)) == frame {
             found = Some(at);
+            break;
         }
+    }
+    if found.is_none() && real && policy == Policy::BugVm {
+        skip!(Declined, "the allocator did not hand frame {frame:#x} out among {} pages", len / PAGE_SIZE);
     }
     claim_eq!(found.is_some(), policy == Policy::BugVm, "the host got frame {frame:#x}");
     let Some(at) = found else { return Ok(()) };

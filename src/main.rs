@@ -59,6 +59,7 @@ selftests! {
     "../selftests/tdx_calls.rs" tdx_calls,
     "../selftests/tdx_guest.rs" tdx_guest,
     "../selftests/tdx_stale.rs" tdx_stale,
+    "../selftests/tdx_unmap.rs" tdx_unmap,
     "../selftests/unmap_failure.rs" unmap_failure,
     "../selftests/unmap_failure_reuse.rs" unmap_failure_reuse,
     "../selftests/unmap_failure_after.rs" unmap_failure_after,

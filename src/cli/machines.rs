@@ -43,7 +43,12 @@ pub fn open(spec: &MachineSpec) -> Result<Box<dyn Machine>, Stop> {
                         "the simulated TDX module is not under this kernel; boot it with `gmemtest vm --simulated-tdx`";
                     return Err(Stop::skip(SkipKind::NoHardware, why.to_owned()));
                 }
-                machine = machine.with_module(spec.clone(), inject::module);
+                // From here on until the machine is closed: what a test plans ends with it, and what it leaves behind is
+                // cleared away before the next one.
+                let Some(module) = inject::module() else {
+                    return Err(Stop::fail("the simulated TDX module does not answer".to_owned()));
+                };
+                machine = machine.with_module(spec.clone(), module);
             }
             match Stop::unless_present(Facility::Vm, &machine.facility(Facility::Vm)) {
                 Some(stop) => Err(stop),

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use super::plan::{Claim, claims};
 use super::wire::{FD_VARIABLE, Message, Verdict, Wire};
-use super::{Body, Context, Notes, Seed, Stop, Suite, TestResult};
-use crate::machine::{Machine, MachineSpec};
+use super::{Body, Context, Notes, Seed, Stop, Suite, TestResult, needs};
+use crate::machine::{Facility, Machine, MachineSpec};
 
 /// Opens the machine that a spec names.
 ///
@@ -79,7 +79,13 @@ fn judged(claim: &Claim, spec: &MachineSpec, seed: Seed, open: Opener, notes: &B
     notes.wire.send(&Message::Begin { release: machine.release().to_string() });
     catch_panics();
     let started = Instant::now();
-    let result = catch_unwind(AssertUnwindSafe(|| run(claim, &context)));
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        if let Some((facility, stop)) = lacking(claim, &context) {
+            notes.wire.send(&Message::Lacks { facility: facility.name().to_owned() });
+            return Err(stop);
+        }
+        call(claim, &context)
+    }));
     let micros = started.elapsed().as_micros() as u64;
     // Closing the machine is part of the test: when it hangs, that is this test's time limit.
     drop(machine);
@@ -98,9 +104,18 @@ fn judged(claim: &Claim, spec: &MachineSpec, seed: Seed, open: Opener, notes: &B
 
 /// Runs a claim on the machine of `context`, when the machine has what it needs.
 pub(super) fn run(claim: &Claim, context: &Context<'_>) -> TestResult {
-    for &need in claim.suite.needs.iter().chain(claim.test.needs) {
-        context.require(need)?;
+    match lacking(claim, context) {
+        Some((_, stop)) => Err(stop),
+        None => call(claim, context),
     }
+}
+
+/// The first thing that `claim` needs and the machine has not.
+fn lacking(claim: &Claim, context: &Context<'_>) -> Option<(Facility, Stop)> {
+    needs::of(claim).find_map(|need| context.require(need).err().map(|stop| (need, stop)))
+}
+
+fn call(claim: &Claim, context: &Context<'_>) -> TestResult {
     match (claim.test.body, claim.row) {
         (Body::Claim(function), _) => function(context),
         (Body::Table { run, .. }, row) => run(context, row.unwrap_or_default()),

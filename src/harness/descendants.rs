@@ -2,11 +2,13 @@
 //!
 //! Every test's process is a subreaper (PR_SET_CHILD_SUBREAPER), and so is the runner: what loses its parent below a test
 //! becomes the test's child, and the runner's when the test ends. So a child that the runner did not start comes from a
-//! test that has just ended. When two end at once, the process group and the mark that a test leaves in the environment
-//! tell whose it is.
+//! test that has just ended. When two end at once, the process group, the mark that a test leaves in the environment of
+//! what it executes, and the pipe to the runner, which its forks hold, tell whose it is.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::{Mutex, PoisonError};
 
 use super::outcome::StuckThread;
 use super::wire::TEST_VARIABLE;
@@ -58,8 +60,32 @@ pub fn children(pid: i32) -> Vec<i32> {
     found
 }
 
+/// The kernel's own threads, as far as they have been met: most of the processes of a small machine, and never anybody's
+/// child.
+static KERNEL_THREADS: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+/// Process number of kthreadd, the parent of kernel threads; in a PID namespace of its own somebody else may have it.
+const KTHREADD: i32 = 2;
+
 fn children_by_parent(parent: i32) -> Vec<i32> {
-    numbers_in("/proc").into_iter().filter(|&pid| stat(pid).is_some_and(|stat| stat.parent == parent)).collect()
+    let there = numbers_in("/proc");
+    let mut threads = KERNEL_THREADS.lock().unwrap_or_else(PoisonError::into_inner);
+    // A number that is gone may come back as somebody's child.
+    threads.retain(|thread| there.contains(thread));
+    let kthreadd = stat(KTHREADD).is_some_and(|stat| stat.parent == 0 && stat.name == "kthreadd");
+    let mut found = Vec::new();
+    for pid in there {
+        if threads.contains(&pid) {
+            continue;
+        }
+        match stat(pid).map(|stat| stat.parent) {
+            Some(its) if its == parent => found.push(pid),
+            Some(KTHREADD) if kthreadd => {
+                threads.insert(pid);
+            }
+            _ => {}
+        }
+    }
+    found
 }
 
 /// A process and everything below it.
@@ -84,6 +110,13 @@ pub fn mark(pid: i32) -> Option<String> {
         let value = entry.strip_prefix(TEST_VARIABLE.as_bytes())?.strip_prefix(b"=")?;
         Some(std::ffi::OsStr::from_bytes(value).to_string_lossy().into_owned())
     })
+}
+
+/// Whether the process has a descriptor of the pipe with that inode.
+pub fn holds_pipe(pid: i32, inode: u64) -> bool {
+    let name = format!("pipe:[{inode}]");
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| target.as_os_str() == name.as_str())
 }
 
 /// Where every thread of `pids` is now.

@@ -34,6 +34,7 @@ pub fn judge(record: &mut Record, evidence: Evidence<'_>) {
         match message {
             Message::Begin { release: machine } => release = machine.parse().ok(),
             Message::Note(note) => record.notes.push(note),
+            Message::Lacks { .. } => {}
             Message::Verdict { verdict: last, micros } => {
                 record.test_us = micros;
                 verdict = Some(last);

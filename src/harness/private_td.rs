@@ -252,7 +252,14 @@ impl PrivateTd {
             }
             Event::MemoryFailure => {
                 cx.require(Facility::HwPoison)?;
-                plain(cx.machine().memory_failure(self.frames[index as usize]))
+                let result = cx.machine().memory_failure(self.frames[index as usize]);
+                if result == Err(Errno::ENOENT) {
+                    skip!(
+                        ConfigOff,
+                        "no way to a memory failure: CONFIG_MEMORY_HOTPLUG, or CONFIG_HWPOISON_INJECT and debugfs"
+                    );
+                }
+                plain(result)
             }
         })
     }
@@ -368,6 +375,32 @@ pub fn next_frames(cx: &Context, size: Size, count: u64) -> TestResult<Vec<u64>>
         frames.extend(account.map(|account| account.frame));
     }
     Ok(frames)
+}
+
+/// What the module and the kernel say of a frame, in one line: whose it is by the PAMT, its references, its flags.
+///
+/// # Errors
+/// The failure of the module's answer.
+pub fn evidence(cx: &Context, module: &dyn TdxModule, frame: u64) -> TestResult<String> {
+    /// KPF_* bits that tell what becomes of a frame (Documentation/admin-guide/mm/pagemap.rst).
+    const FLAGS: [(u32, &str); 7] =
+        [(4, "DIRTY"), (5, "LRU"), (10, "BUDDY"), (17, "HUGE"), (19, "HWPOISON"), (20, "NOPAGE"), (24, "ZERO_PAGE")];
+    let owner = claim_ok!(module.page_owner(frame), "owner of frame {frame:#x}");
+    let module_says = match owner.page_type {
+        0 => "nobody's (PT_NDA)".to_owned(),
+        3 => format!("the TD's (PT_REG, TDR {:#x})", owner.tdr),
+        other => format!("the TD's (page type {other}, TDR {:#x})", owner.tdr),
+    };
+    let machine = cx.machine();
+    let references = machine.page_references(frame).map_or_else(|errno| errno.to_string(), |count| count.to_string());
+    let flags = machine.page_flags(frame).map_or_else(
+        |errno| errno.to_string(),
+        |flags| {
+            let set = FLAGS.iter().filter(|(bit, _)| flags >> bit & 1 == 1).map(|&(_, name)| name);
+            format!("{flags:#x} {}", set.collect::<Vec<_>>().join("+"))
+        },
+    );
+    Ok(format!("PAMT: {module_says}; kernel: references {references}, page flags {}", flags.trim_end()))
 }
 
 /// How many complaints the kernel has made, where that can be told.

@@ -20,6 +20,7 @@ use super::interrupt::Interrupts;
 use super::journal::{Earlier, Journal};
 use super::judge::{Evidence, judge, skip};
 use super::known::KnownIssues;
+use super::needs::Needs;
 use super::outcome::{Outcome, Record, Skipped, Summary};
 use super::plan::{Claim, Plan};
 use super::running::{End, Running};
@@ -97,6 +98,8 @@ struct Runner<'a> {
     watch: Watch,
     interrupts: Interrupts,
     how: How,
+    /// What the machines are known to have and to lack.
+    needs: Needs,
     /// Children that the process had before: not ours to touch.
     ours_before: Vec<i32>,
     began: Instant,
@@ -117,7 +120,7 @@ pub fn run(info: &RunInfo, plan: &Plan, options: &mut Options, listener: &mut dy
     for remark in &remarks {
         listener.hear(&Event::Remark(remark))?;
     }
-    let how = How::best(options.jobs, options.open);
+    let how = How::best(options.open);
     let mut runner = Runner {
         info,
         options,
@@ -125,6 +128,7 @@ pub fn run(info: &RunInfo, plan: &Plan, options: &mut Options, listener: &mut dy
         watch,
         interrupts,
         how,
+        needs: Needs::default(),
         ours_before: descendants::children(std::process::id() as i32),
         began: Instant::now(),
         next_index: 0,
@@ -224,7 +228,8 @@ impl Runner<'_> {
             }
             None => {}
         }
-        if let Some((_, skipped)) = self.options.absent.iter().find(|(absent, _)| absent == machine) {
+        let absent = self.options.absent.iter().find(|(absent, _)| absent == machine).map(|(_, skipped)| skipped);
+        if let Some(skipped) = absent.or_else(|| self.needs.missing(claim, &spec)) {
             skip(&mut record, skipped.clone(), &self.options.strict);
             self.keep(&record);
             self.finished(claim, machine, record);
@@ -344,9 +349,9 @@ impl Runner<'_> {
     }
 
     fn finish(&mut self, mut test: Active<'_>, end: End, others: &[Active<'_>]) {
-        let pids: Vec<i32> = others.iter().map(|other| other.process.pid()).collect();
+        let beside: Vec<&Running> = others.iter().map(|other| &other.process).collect();
         let mut record = test.record;
-        record.leftovers = test.process.clear_away(&pids, &self.ours_before);
+        record.leftovers = test.process.clear_away(&beside, &self.ours_before);
         record.duration_us = microseconds(test.process.started.elapsed());
         record.stdout = test.process.stdout.capture.output();
         record.stderr = test.process.stderr.capture.output();
@@ -358,6 +363,7 @@ impl Runner<'_> {
             return;
         }
         let messages = wire::parse(&test.process.messages.capture.bytes());
+        self.needs.learn(test.claim, &record.machine, &messages);
         let evidence = Evidence {
             end,
             timed_out,

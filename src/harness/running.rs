@@ -66,6 +66,8 @@ pub struct Running {
     pub messages: Stream,
     /// Where its threads were when the time limit passed.
     pub stuck: Vec<StuckThread>,
+    /// The inode of the pipe behind `messages`, which tells forks of the process that never executed anything.
+    wire: u64,
 }
 
 impl Running {
@@ -79,6 +81,7 @@ impl Running {
         let (stdout, stdout_end) = io::pipe()?;
         let (stderr, stderr_end) = io::pipe()?;
         let (messages, messages_end) = io::pipe()?;
+        let wire = nix::sys::stat::fstat(&messages)?.st_ino;
         let started = Instant::now();
         let pid = how.start(task, Ends { stdout: stdout_end, stderr: stderr_end, messages: messages_end }, &mark)?;
         // Nothing but this struct waits for the process, so the number means it until `reap`.
@@ -103,6 +106,7 @@ impl Running {
             stderr: Stream::new(stderr, KEPT)?,
             messages: Stream::new(messages, MOST_MESSAGES)?,
             stuck: Vec::new(),
+            wire,
         })
     }
 
@@ -188,7 +192,7 @@ impl Running {
 
     /// Kills and reaps everything that the test left behind, then the test's own process, and takes the last of its
     /// output. `others` are the processes of the other running tests, `ours` children that the runner had before.
-    pub fn clear_away(&mut self, others: &[i32], ours: &[i32]) -> Vec<Leftover> {
+    pub fn clear_away(&mut self, others: &[&Running], ours: &[i32]) -> Vec<Leftover> {
         let mut leftovers: Vec<Leftover> = Vec::new();
         let deadline = Instant::now() + PATIENCE;
         let alone = others.is_empty() && ours.is_empty();
@@ -230,21 +234,29 @@ impl Running {
     }
 
     /// The runner's children that come from this test.
-    fn adopted(&self, others: &[i32], ours: &[i32]) -> Vec<i32> {
+    fn adopted(&self, others: &[&Running], ours: &[i32]) -> Vec<i32> {
         let mut found = descendants::children(std::process::id() as i32);
         found.retain(|&pid| {
-            if pid == self.pid || others.contains(&pid) || ours.contains(&pid) {
+            if pid == self.pid || others.iter().any(|other| other.pid == pid) || ours.contains(&pid) {
                 return false;
             }
             let Some(stat) = descendants::stat(pid) else {
                 return false;
             };
             // Tests that still run keep their orphans. What is new here comes from one that has ended: from this one,
-            // unless it says that it is of another that ended at the same moment.
-            stat.group == self.pid
-                || descendants::mark(pid).map_or(!others.contains(&stat.group), |mark| mark == self.mark)
+            // unless it is to be seen that it comes from another that ended at the same moment.
+            self.is_marked(pid, stat.group)
+                .unwrap_or_else(|| !others.iter().any(|other| other.is_marked(pid, stat.group) == Some(true)))
         });
         found
+    }
+
+    /// Whether a process of that group comes from this test; `None` when it bears no mark of it, nor of another.
+    fn is_marked(&self, pid: i32, group: i32) -> Option<bool> {
+        if group == self.pid || descendants::holds_pipe(pid, self.wire) {
+            return Some(true);
+        }
+        descendants::mark(pid).map(|mark| mark == self.mark)
     }
 }
 

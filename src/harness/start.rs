@@ -3,8 +3,7 @@
 //! Both give the test a process of its own, in a process group of its own, that dies with the runner and reports over a
 //! pipe. Under an emulator, where a program's start is hundreds of page faults, a test costs half as much in a fork: 36 ms
 //! instead of 88 ms besides its own code, in the mean over 166 tests on a busy host, both measured at the same time. It needs
-//! a runner of one thread (the locks of other threads would stay locked in the fork) that runs one test at a time (the mark
-//! that tells tests' orphans apart is read from a process's initial environment, see [`super::descendants`]).
+//! a runner of one thread (the locks of other threads would stay locked in the fork).
 
 use std::io::{self, PipeWriter, Write};
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
@@ -51,9 +50,9 @@ pub(super) enum How {
 
 impl How {
     /// The cheapest way that is right for this runner.
-    pub(super) fn best(jobs: usize, open: Opener) -> How {
+    pub(super) fn best(open: Opener) -> How {
         let threads = std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
-        if jobs == 1 && threads == 1 { How::Fork(open) } else { How::Exec }
+        if threads == 1 { How::Fork(open) } else { How::Exec }
     }
 
     /// Starts the process and returns its number.

@@ -4,23 +4,15 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-use nix::unistd::Pid;
-
+use super::OneCpu;
+use crate::inject::Policy;
+use crate::inject::seamcall::{AUG, INVALID, REMOVE, SEPT_ADD};
 use crate::machine::{
     Errno, GuestMemfd, HostMemory, Machine, Mapping, MemoryAttributes, MemoryRegion, ModuleCall, ModuleFault,
     PAGE_SIZE, TdxModule, Vcpu, Vm, VmConfig,
 };
 use crate::uapi::kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
-/// TDH.MEM.SEPT.ADD.
-const SEPT_ADD: u16 = 3;
-/// TDH.MEM.PAGE.AUG.
-const PAGE_AUG: u16 = 6;
-/// TDH.MEM.PAGE.REMOVE.
-const PAGE_REMOVE: u16 = 29;
-/// TDX_OPERAND_INVALID of RCX: nothing that is tried again.
-const STATUS: u64 = 0xc000_0100_0000_0001;
 /// Where the page is in the guest.
 const GPA: u64 = 1 << 32;
 /// Pages that are mapped: the one whose unmap fails, and the one that is unmapped before, to see how that goes.
@@ -64,13 +56,13 @@ impl UnmapFailure {
             (false, _) => "page kept",
         };
         let name = match (self.freed, self.pinned, self.references) {
-            _ if self.punch.is_err() => "fail-unmap",
-            (true, _, _) if self.vm_dead => "bug-vm",
+            _ if self.punch.is_err() => Policy::FailUnmap.name(),
+            (true, _, _) if self.vm_dead => Policy::BugVm.name(),
             (true, _, _) => "none",
-            _ if self.poisoned => "poison",
-            (_, Some(true), _) => "pin-mapped",
-            (_, _, Some((mapped, failed))) if failed > mapped => "hold-on-error",
-            (_, _, Some(_)) => "gfn-count",
+            _ if self.poisoned => Policy::Poison.name(),
+            (_, Some(true), _) => Policy::PinMapped.name(),
+            (_, _, Some((mapped, failed))) if failed > mapped => Policy::HoldOnError.name(),
+            (_, _, Some(_)) => Policy::GfnCount.name(),
             (_, _, None) => "pin-mapped or hold-on-error",
         };
         match self.punch {
@@ -151,7 +143,7 @@ fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFa
     let calls = module.calls_since(start).or_else(step("the module's calls"))?;
     let frame_of = |page: u64| {
         let gpa = GPA + page * PAGE_SIZE;
-        let maps = |call: &&ModuleCall| !call.guest && call.leaf == PAGE_AUG && call.operands[0] & !0xfff == gpa;
+        let maps = |call: &&ModuleCall| !call.guest && call.leaf == AUG && call.operands[0] & !0xfff == gpa;
         let mapped = calls.iter().rev().find(maps).ok_or("a page was not mapped by TDH.MEM.PAGE.AUG")?;
         Ok::<u64, String>(mapped.operands[2] / PAGE_SIZE)
     };
@@ -163,7 +155,7 @@ fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFa
     let pinned = other_mapped.zip(refs(other)).map(|(mapped, unmapped)| unmapped < mapped);
 
     let before = refs(frame);
-    module.add_fault(&ModuleFault::always(PAGE_REMOVE, STATUS).at(GPA)).or_else(step("a fault"))?;
+    module.add_fault(&ModuleFault::always(REMOVE, INVALID).at(GPA)).or_else(step("a fault"))?;
     let conversion = convert(&**vm, &**gmem, 0..1, 0);
     let failed = refs(frame);
     let poisoned_in_file = machine.page_flags(frame).unwrap_or(0) & HWPOISON != 0;
@@ -185,28 +177,6 @@ fn measure_with(machine: &dyn Machine, module: &dyn TdxModule) -> Result<UnmapFa
         references: before.zip(failed),
         pinned,
     })
-}
-
-/// Keeps the calling thread on the CPU it runs on, until it is dropped.
-struct OneCpu(Option<CpuSet>);
-
-impl OneCpu {
-    fn stay() -> OneCpu {
-        let this = Pid::from_raw(0);
-        let before = sched_getaffinity(this).ok();
-        let mut only = CpuSet::new();
-        let stays = sched_getcpu().and_then(|cpu| only.set(cpu)).and_then(|()| sched_setaffinity(this, &only));
-        OneCpu(before.filter(|_| stays.is_ok()))
-    }
-}
-
-impl Drop for OneCpu {
-    fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            // The mask was this thread's own: only a CPU that went offline meanwhile could be in the way.
-            let _ = sched_setaffinity(Pid::from_raw(0), before);
-        }
-    }
 }
 
 /// Conversion of pages, by the VM where it keeps the attributes, by the file where that does.
@@ -232,7 +202,7 @@ fn is_given_out(module: &dyn TdxModule, next: &mut Subject, frame: u64) -> Resul
     let start = module.position().or_else(step("the module's calls"))?;
     let _ = next.vcpu.pre_fault(GPA + MAPPED * PAGE_SIZE, (SEARCHED - MAPPED) * PAGE_SIZE, 0);
     let calls = module.calls_since(start).or_else(step("the module's calls"))?;
-    let maps = |call: &&ModuleCall| !call.guest && matches!(call.leaf, PAGE_AUG | SEPT_ADD);
+    let maps = |call: &&ModuleCall| !call.guest && matches!(call.leaf, AUG | SEPT_ADD);
     Ok(calls.iter().filter(maps).any(|call| call.operands[2] / PAGE_SIZE == frame))
 }
 

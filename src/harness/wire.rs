@@ -27,6 +27,11 @@ pub enum Message {
     },
     /// A remark.
     Note(String),
+    /// The machine lacks what the claim needs: the skip that follows is that of every claim with this need.
+    Lacks {
+        /// The facility's name.
+        facility: String,
+    },
     /// The last message.
     Verdict {
         /// What the test returned.

@@ -9,9 +9,12 @@ use super::SOCKET;
 use super::protocol::{Answer, Question};
 use crate::machine::{Errno, ModuleCall, ModuleFault, PageOwner, TdxModule};
 
-/// The simulated module below the running kernel; `None` where there is none.
+/// The simulated module below the running kernel, for a process that is to keep the conversation until it ends; `None` where
+/// there is none.
 pub fn module() -> Option<Arc<dyn TdxModule>> {
-    ModuleClient::connect(Path::new(SOCKET)).ok().map(|client| Arc::new(client) as Arc<dyn TdxModule>)
+    let client = ModuleClient::connect(Path::new(SOCKET)).ok()?;
+    client.begin().ok()?;
+    Some(Arc::new(client))
 }
 
 /// A conversation with the module. Its faults are taken back when it ends, however it ends.
@@ -27,6 +30,14 @@ impl ModuleClient {
     /// Those of connect(2).
     pub fn connect(path: &Path) -> std::io::Result<ModuleClient> {
         Ok(ModuleClient { stream: Mutex::new(BufReader::new(UnixStream::connect(path)?)) })
+    }
+
+    /// Says that the process has come; what other processes left behind is cleared away where this one is alone.
+    ///
+    /// # Errors
+    /// ENODEV without a module.
+    pub fn begin(&self) -> Result<(), Errno> {
+        self.ask(&Question::Begin).map(drop)
     }
 
     /// Ends the conversation at once, without a word, as a process does that is killed.
@@ -94,6 +105,13 @@ impl TdxModule for ModuleClient {
     fn page_owner(&self, frame: u64) -> Result<PageOwner, Errno> {
         match self.ask(&Question::PageOwner(frame))? {
             Answer::Owner(page_type, tdr, size) => Ok(PageOwner { page_type, tdr, size }),
+            _ => Err(Errno::EPROTO),
+        }
+    }
+
+    fn measurement(&self, tdr: u64) -> Result<[u8; 48], Errno> {
+        match self.ask(&Question::Measurement(tdr))? {
+            Answer::Measurement(bytes) => bytes.try_into().map_err(|_| Errno::EPROTO),
             _ => Err(Errno::EPROTO),
         }
     }

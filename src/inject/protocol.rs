@@ -20,8 +20,13 @@ pub enum Question {
     CallsSince(u64),
     /// `page_owner`
     PageOwner(u64),
+    /// `measurement`
+    Measurement(u64),
     /// `violations`
     Violations,
+    /// Not of a test: its process has come, and no other one is there. What the tests before it planned and what the
+    /// kernel left behind in the module of their TDs is over.
+    Begin,
 }
 
 /// What it answers.
@@ -41,6 +46,8 @@ pub enum Answer {
     },
     /// Type, owner and size of a page.
     Owner(u8, u64, u8),
+    /// MRTD: 48 bytes.
+    Measurement(Vec<u8>),
     /// Lines of text.
     Lines(Vec<String>),
     /// The method's errno.

@@ -2,6 +2,10 @@
 
 use crate::machine::{FaultEffect, FaultWhen, ModuleFault};
 
+/// TDH.VP.ENTER: a vCPU runs.
+pub const VP_ENTER: u16 = 0;
+/// TDH.MEM.SEPT.ADD: a table of the S-EPT.
+pub const SEPT_ADD: u16 = 3;
 /// TDH.MEM.PAGE.AUG: a page is mapped.
 pub const AUG: u16 = 6;
 /// TDH.MEM.RANGE.BLOCK: no new translation of the page.
@@ -21,6 +25,8 @@ pub const WBINVD: u16 = 41;
 
 /// TDX_OPERAND_BUSY, RCX: the only status that KVM takes for busy.
 pub const BUSY: u64 = 0x8000_0200_0000_0001;
+/// TDX_OPERAND_BUSY, TD_EPOCH: what TDH.VP.ENTER answers while TDH.MEM.TRACK is at work.
+pub const EPOCH_OPERAND_BUSY: u64 = 0x8000_0200_0000_00A9;
 /// TDX_PREVIOUS_TLB_EPOCH_BUSY: a vCPU still runs in the epoch before. Not busy in KVM's eyes.
 pub const EPOCH_BUSY: u64 = 0x8000_0201_0000_0000;
 /// TDX_PAGE_METADATA_INCORRECT, R8: the page is not the host's to give.

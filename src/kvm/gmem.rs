@@ -12,6 +12,9 @@ use std::sync::Arc;
 /// A guest_memfd: owns its descriptor, which is close-on-exec unless it was made by [`create_as_the_kernel_does`].
 pub struct KvmGuestMemfd {
     fd: OwnedFd,
+    /// The memory of the payload of a TD. A file keeps its VM alive, and what a test takes away from the TD last is to be its own
+    /// file, not the payload's.
+    payload: Option<Arc<dyn GuestMemfd>>,
 }
 
 /// KVM_CREATE_GUEST_MEMFD and nothing else: the descriptor as the kernel hands it out, which is *not* close-on-exec.
@@ -40,14 +43,19 @@ impl KvmGuestMemfd {
         let fd = create_as_the_kernel_does(vm, size, flags, reserved)?;
         // SAFETY: F_SETFD takes a number.
         Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) })?;
-        Ok(KvmGuestMemfd { fd })
+        Ok(KvmGuestMemfd::from(fd))
+    }
+
+    /// The same file, which the memory of the VM's payload outlives.
+    pub(super) fn with_payload(self, payload: Option<Arc<dyn GuestMemfd>>) -> KvmGuestMemfd {
+        KvmGuestMemfd { payload: payload, ..self }
     }
 }
 
 impl From<OwnedFd> for KvmGuestMemfd {
     /// Takes a descriptor of a guest_memfd that came some other way: inherited, or through SCM_RIGHTS.
     fn from(fd: OwnedFd) -> KvmGuestMemfd {
-        KvmGuestMemfd { fd }
+        KvmGuestMemfd { fd, payload: None }
     }
 }
 
@@ -151,7 +159,8 @@ impl GuestMemfd for KvmGuestMemfd {
 
     fn duplicate(&self) -> Result<Arc<dyn GuestMemfd>, Errno> {
         // The standard library duplicates with F_DUPFD_CLOEXEC.
-        Ok(Arc::new(KvmGuestMemfd { fd: self.fd.try_clone().map_err(errno_of)? }))
+        let fd = self.fd.try_clone().map_err(errno_of)?;
+        Ok(Arc::new(KvmGuestMemfd { fd, payload: self.payload.clone() }))
     }
 
     fn raw_fd(&self) -> Option<RawFd> {

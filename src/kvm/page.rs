@@ -3,6 +3,7 @@
 use super::mapping::{KvmMapping, errno_of};
 use crate::machine::{Errno, HostMemory, Mapping, PAGE_SIZE};
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 /// The word of one frame in a file that has a u64 for each.
@@ -31,10 +32,24 @@ pub(super) fn map_count(frame: u64) -> Result<u64, Errno> {
 
 /// memory_failure() on a frame. The kernel never uses the frame again, until it is booted anew or the poison is taken
 /// back through debugfs.
+///
+/// Through the file of memory blocks (CONFIG_MEMORY_HOTPLUG), or else that of the injector (CONFIG_HWPOISON_INJECT, debugfs).
+///
+/// # Errors
+/// ENOENT without either file, or what memory_failure() says.
 pub(super) fn memory_failure(frame: u64) -> Result<(), Errno> {
-    const PATH: &str = "/sys/devices/system/memory/hard_offline_page";
+    const BY_ADDRESS: &str = "/sys/devices/system/memory/hard_offline_page";
+    const BY_FRAME: &str = "/sys/kernel/debug/hwpoison/corrupt-pfn";
     let address = frame.checked_mul(PAGE_SIZE).ok_or(Errno::ENXIO)?;
-    fs::write(PATH, format!("{address:#x}")).map_err(errno_of)
+    match write_existing(BY_ADDRESS, &format!("{address:#x}")) {
+        Err(Errno::ENOENT) => write_existing(BY_FRAME, &format!("{frame:#x}")),
+        result => result,
+    }
+}
+
+fn write_existing(path: &str, text: &str) -> Result<(), Errno> {
+    let mut file = File::options().write(true).open(path).map_err(errno_of)?;
+    file.write_all(text.as_bytes()).map_err(errno_of)
 }
 
 /// Drains the LRU batches of every CPU, by the call that disturbs the system least: see [`move_to_its_own_node`].

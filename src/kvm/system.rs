@@ -21,11 +21,8 @@ pub struct KvmMachine {
     spec: MachineSpec,
     release: Release,
     kvm: Result<Arc<Kvm>, Errno>,
-    module: Option<ModuleAccess>,
+    module: Option<Arc<dyn TdxModule>>,
 }
-
-/// Gives access to the TDX module under a machine, where there is a way to it.
-pub type ModuleAccess = fn() -> Option<Arc<dyn TdxModule>>;
 
 /// What was found out, by VM type: the kernel does not change under a process, nor under the forks that tests run in.
 static FOUND: [OnceLock<Facilities>; VmType::Tdx as usize + 1] = [const { OnceLock::new() }; VmType::Tdx as usize + 1];
@@ -42,7 +39,7 @@ impl KvmMachine {
     }
 
     /// The same machine under the name `spec`, with a way to its TDX module.
-    pub fn with_module(self, spec: MachineSpec, module: ModuleAccess) -> KvmMachine {
+    pub fn with_module(self, spec: MachineSpec, module: Arc<dyn TdxModule>) -> KvmMachine {
         KvmMachine { spec, module: Some(module), ..self }
     }
 
@@ -119,7 +116,7 @@ impl Machine for KvmMachine {
     }
 
     fn tdx_module(&self) -> Option<Arc<dyn TdxModule>> {
-        self.module.and_then(|module| module())
+        self.module.clone()
     }
 
     fn drain_lru(&self) -> Result<(), Errno> {

@@ -125,7 +125,8 @@ impl Vm for KvmVm {
     }
 
     fn create_guest_memfd_with(&self, size: u64, flags: u64, reserved: [u64; 6]) -> Result<Arc<dyn GuestMemfd>, Errno> {
-        Ok(Arc::new(KvmGuestMemfd::create(&self.fd, size, flags, reserved)?))
+        let file = KvmGuestMemfd::create(&self.fd, size, flags, reserved)?;
+        Ok(Arc::new(file.with_payload(self.td.memory.clone())))
     }
 
     fn set_memory_region(&self, region: &MemoryRegion<'_>) -> Result<(), Errno> {

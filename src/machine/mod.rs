@@ -97,6 +97,12 @@ pub trait Machine: Send + Sync {
         Err(Errno::ENOSYS)
     }
 
+    /// `_refcount` of the folio to which a page frame belongs: 0 for one that is free. Machines without [`Facility::Kcore`] or
+    /// [`Facility::PageAccount`] answer ENOSYS.
+    fn page_references(&self, frame: u64) -> Result<u32, Errno> {
+        Ok(self.frame_account(frame)?.map_or(0, |account| account.refs))
+    }
+
     /// A memory failure in a page frame (memory_failure()), also of one that nobody maps. EHWPOISON for a frame that is
     /// poisoned already, EBUSY where it is poisoned now and could not be taken away from its users. Machines without
     /// [`Facility::HwPoison`] answer ENOSYS.

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::accel::Accel;
 use super::bridge::{self, Ram};
@@ -249,6 +250,15 @@ fn bind(command: &mut Command, inherited: &[RawFd]) {
 
 /// A file in memory with these contents.
 fn memory_file(name: &CStr, bytes: &[u8]) -> io::Result<File> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
+    if bytes.len() as u64 > limit {
+        let text = format!(
+            "the {} of {} bytes is more than a file may have here, {limit} (RLIMIT_FSIZE, ulimit -f)",
+            name.to_string_lossy(),
+            bytes.len()
+        );
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+    }
     let mut file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?);
     file.write_all(bytes)?;
     Ok(file)

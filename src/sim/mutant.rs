@@ -211,6 +211,8 @@ mutants! {
     UnmapSkipsBlock = "unmap-skips-block" on TDX,
     /// TDH.MEM.TRACK is not called.
     UnmapSkipsTrack = "unmap-skips-track" on TDX,
+    /// TDH.MEM.PAGE.REMOVE is not called.
+    UnmapSkipsRemove = "unmap-skips-remove" on TDX,
     /// vCPUs are not kicked out of the guest after TRACK.
     UnmapSkipsKick = "unmap-skips-kick" on TDX,
     /// A busy module is not asked a second time.

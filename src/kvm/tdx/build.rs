@@ -48,7 +48,8 @@ const IOAPIC_PINS: u64 = 24;
 pub(in crate::kvm) struct TdGuest {
     /// The payload, as the host sees it.
     pub(in crate::kvm) payload: Arc<Payload>,
-    /// The private side of its slot. A guest_memfd keeps its VM alive: only the VM's and the vCPUs' handles hold it.
+    /// The private side of its slot. It goes after every other file of the VM, and with the last of
+    /// the VM's, the vCPUs' and the files' handles.
     pub(in crate::kvm) memory: Arc<dyn GuestMemfd>,
     /// vCPUs that no test has asked for yet, by id.
     pub(in crate::kvm) vcpus: BTreeMap<u32, VcpuFd>,

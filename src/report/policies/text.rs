@@ -128,7 +128,7 @@ pub fn render(comparison: &Comparison, colour: Colour) -> String {
                 "bytes/page" => format!("bytes/page, {}", row.name.replace("counters, ", "")),
                 _ => row.name.to_owned(),
             };
-            let label = label.replace("in ranges, every other mapping", "alternating ranges");
+            let label = label.replace("in ranges, every other mapping", "alternating");
             let cells: String = row
                 .cells
                 .iter()

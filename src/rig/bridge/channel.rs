@@ -2,6 +2,8 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::service::{Service, World};
 use crate::inject::protocol::{Answer, CALLS, Call, Question};
@@ -20,6 +22,7 @@ pub fn serve(service: &Service, stream: &UnixStream) {
             _ => return,
         }
         let answer = match serde_json::from_slice(&line) {
+            Ok(Question::Begin) => begin(service),
             Ok(question) => service.with(|world| answer(world, &question)).unwrap_or(Err(Errno::ENODEV)),
             Err(_) => Err(Errno::EPROTO),
         };
@@ -31,6 +34,39 @@ pub fn serve(service: &Service, stream: &UnixStream) {
             return;
         }
     }
+}
+
+/// How long the module is to have been silent before its TDs count as given up: a VM can outlive its process by a moment.
+const SILENCE: Duration = Duration::from_millis(40);
+/// How long that is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// No test is there but the one that begins: faults are nobody's any more, and TDs that are left are those of which the
+/// kernel could not take every page back. The module forgets them, which no host could make it do: the kernel hands out
+/// their pages, and the next test would get them.
+fn begin(service: &Service) -> Result<Answer, Errno> {
+    let start = Instant::now();
+    let mut seen = (0, Instant::now());
+    loop {
+        let (tds, calls) = service
+            .with(|world| {
+                world.module.faults_mut().clear();
+                (world.module.tds().count(), world.module.trace().calls())
+            })
+            .ok_or(Errno::ENODEV)?;
+        if calls != seen.0 {
+            seen = (calls, Instant::now());
+        }
+        if tds == 0 || seen.1.elapsed() >= SILENCE || start.elapsed() >= PATIENCE {
+            break;
+        }
+        thread::sleep(SILENCE / 8);
+    }
+    let forget = |world: &mut World| {
+        let left: Vec<u64> = world.module.tds().map(|td| td.tdr_pa).collect();
+        left.into_iter().filter_map(|tdr| world.module.forget_td(tdr)).sum::<usize>()
+    };
+    service.with(forget).map(|pages| Answer::Number(pages as u64)).ok_or(Errno::ENODEV)
 }
 
 fn answer(world: &mut World, question: &Question) -> Result<Answer, Errno> {
@@ -66,6 +102,9 @@ fn answer(world: &mut World, question: &Question) -> Result<Answer, Errno> {
             let tdr = if page_type == 0 { 0 } else { info.owner };
             PageOwner { page_type, tdr, size: info.size }.into()
         }
+        Question::Measurement(tdr) => Answer::Measurement(module.td(*tdr).ok_or(Errno::ENOENT)?.mrtd.to_vec()),
+        // Answered before, without the module in hand.
+        Question::Begin => Answer::Done,
         Question::Violations => Answer::Lines(module.check().iter().map(ToString::to_string).collect()),
     })
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::sim::tdx_module::memory::{MappedMemory, PhysicalMemory, Window};
 
@@ -41,8 +42,14 @@ impl Ram {
     /// Makes a file of `len` bytes.
     ///
     /// # Errors
-    /// Those of memfd_create(2), ftruncate(2) and mmap(2).
+    /// Those of memfd_create(2), ftruncate(2) and mmap(2); a limit on the size of files is named.
     pub fn new(len: u64) -> io::Result<Ram> {
+        // Past the limit ftruncate(2) is SIGXFSZ, of which nobody would learn why.
+        let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
+        if len > limit {
+            let text = format!("its {len} bytes are more than a file may have here, {limit} (RLIMIT_FSIZE, ulimit -f)");
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+        }
         let file = File::from(memfd_create(c"gmemtest-ram", MFdFlags::MFD_CLOEXEC)?);
         file.set_len(len)?;
         Ram::of(file, len)

@@ -1,12 +1,12 @@
 //! The bridge against a kernel that is played here: the mailboxes' rules, a TD's life, and what breaks the rules.
 
 use std::fs::File;
-use std::io::{BufReader, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use crate::guest::mailbox::{command, status, word};
 use crate::guest::{image, layout};
 use crate::inject::ModuleClient;
 use crate::machine::{Errno, ModuleFault, TdxModule};
-use crate::rig::init::module::converse;
+use crate::rig::init::module::Broker;
 use crate::sim::tdx_module::td::TDCS_PAGES;
 use crate::sim::tdx_module::vcpu::TDVPS_PAGES;
 use crate::sim::tdx_module::{Code, Leaf, Reg, Regs, Status};
@@ -60,6 +60,11 @@ impl Kernel {
         let bridge =
             Bridge::start(ram, CPUS, doorbell, far, Box::new(move |notice| drop(sender.send(notice)))).unwrap();
         Kernel { ram: own, bell, notices, next_page: PAGES, tdr: 0, tdvpr: 0, channel, _bridge: bridge }
+    }
+
+    /// The init's broker, at the other end of the channel.
+    fn broker(&self) -> Arc<Broker> {
+        Arc::new(Broker::new(File::from(OwnedFd::from(self.channel.try_clone().unwrap()))))
     }
 
     fn hello(&mut self, pa: u64, count: u32) {
@@ -353,22 +358,21 @@ fn a_kernel_that_breaks_the_rules_is_told_which() {
 }
 
 /// A test's process in the guest: its connection goes over the init's broker.
-fn connect(port: &Arc<Mutex<BufReader<File>>>) -> (ModuleClient, JoinHandle<()>) {
+fn connect(broker: &Arc<Broker>) -> (ModuleClient, JoinHandle<()>) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("module");
     let listener = UnixListener::bind(&path).unwrap();
     let client = ModuleClient::connect(&path).unwrap();
     let (stream, _) = listener.accept().unwrap();
-    let port = Arc::clone(port);
-    (client, std::thread::spawn(move || converse(&stream, &port)))
+    let broker = Arc::clone(broker);
+    (client, std::thread::spawn(move || broker.converse(stream)))
 }
 
 #[test]
 fn a_process_sees_the_module_and_its_faults_end_with_it() {
     let mut kernel = Kernel::power_on();
-    let port = File::from(OwnedFd::from(kernel.channel.try_clone().unwrap()));
-    let port = Arc::new(Mutex::new(BufReader::new(port)));
-    let (client, broker) = connect(&port);
+    let broker = kernel.broker();
+    let (client, end) = connect(&broker);
     assert_eq!(client.position(), Err(Errno::ENODEV));
     kernel.bring_up();
     let read = |kernel: &mut Kernel| kernel.call(1, Leaf::SysRd, &[(Reg::Rdx, 0x0800_0001_0000_0004)]).rax;
@@ -389,8 +393,42 @@ fn a_process_sees_the_module_and_its_faults_end_with_it() {
     assert_eq!(client.page_owner(page / PAGE).unwrap().page_type, 4);
     // A process that dies says nothing any more; what it planned is taken back all the same.
     client.hang_up();
-    broker.join().unwrap();
+    end.join().unwrap();
     assert_eq!(read(&mut kernel), 0);
+}
+
+#[test]
+fn a_process_that_begins_alone_finds_nothing_of_those_before_it() {
+    let mut kernel = Kernel::power_on();
+    let broker = kernel.broker();
+    kernel.bring_up();
+    let (first, end) = connect(&broker);
+    first.begin().unwrap();
+    kernel.build_td(image::bytes());
+    let (tdr, page) = (kernel.tdr, kernel.page());
+    kernel.must(Leaf::MemSeptAdd, &[(Reg::Rcx, 1 << 30 | 2), (Reg::Rdx, tdr), (Reg::R8, page)]);
+    let fault = ModuleFault::always(Leaf::MngVpflushdone.number(), 0x8000_0200_0000_0001);
+    first.add_fault(&fault).unwrap();
+    // Beside another process it takes nothing away.
+    let (second, second_end) = connect(&broker);
+    second.begin().unwrap();
+    let owner = second.page_owner(page / PAGE).unwrap();
+    assert_eq!((owner.page_type, owner.tdr), (8, tdr));
+    assert_eq!(second.measurement(tdr).map(|mrtd| mrtd != [0; 48]), Ok(true));
+    first.hang_up();
+    second.hang_up();
+    // The broker need not have noticed yet that they are gone.
+    let (third, third_end) = connect(&broker);
+    third.begin().unwrap();
+    for frame in [page, tdr, kernel.tdvpr].map(|address| address / PAGE) {
+        assert!(third.page_owner(frame).unwrap().is_free());
+    }
+    assert_eq!(third.measurement(tdr), Err(Errno::ENOENT));
+    assert_eq!((third.fault_hits(0), third.violations()), (Err(Errno::ENOENT), Ok(Vec::new())));
+    // The key id and the pages serve again.
+    kernel.build_td(image::bytes());
+    third.hang_up();
+    [end, second_end, third_end].into_iter().for_each(|end| end.join().unwrap());
 }
 
 #[test]

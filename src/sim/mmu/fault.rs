@@ -78,6 +78,9 @@ impl World {
         let Request { gfn, private, access, .. } = request;
         let memory_fault = |errno| Fault::Memory { errno, private };
         let state = self.vms.get(&vm).ok_or(Fault::Failed(Errno::EIO))?;
+        if !private && state.mmio.contains(&gfn) {
+            return Err(Fault::Mmio);
+        }
         if state.vm_type.has_private_memory()
             && private != self.gfn_is_private(vm, gfn)
             && !self.mutant(Mutant::GuestIgnoresSide)
@@ -85,7 +88,13 @@ impl World {
             return Err(memory_fault(Errno::EFAULT));
         }
         let Some((_, slot)) = state.slots.at(gfn) else {
-            return Err(if private { memory_fault(Errno::EFAULT) } else { Fault::Mmio });
+            if private {
+                return Err(memory_fault(Errno::EFAULT));
+            }
+            if let Some(state) = self.vms.get_mut(&vm).filter(|state| state.has_mirror()) {
+                state.mmio.insert(gfn);
+            }
+            return Err(Fault::Mmio);
         };
         // A private mapping that is there is not made again: a spurious fault.
         if private && state.mirror.get(gfn).is_some() {

@@ -47,6 +47,9 @@ pub struct Vm {
     pub direct: Root,
     /// The mirror of a TD's S-EPT.
     pub mirror: Root,
+    /// MMIO entries of a TD's shared page tables, by gfn: made by an access where no slot is, and never taken away. The guest
+    /// gets #VE by such an entry and KVM no fault, so that a slot that is made there later is not seen.
+    pub mmio: BTreeSet<u64>,
     /// The TD, once it is initialised.
     pub td: Option<Td>,
     /// First gfns of the 2M blocks that stay at 4K because the guest accepted a part of them (GUEST_INHIBIT).
@@ -80,6 +83,7 @@ impl Vm {
             attributes: RangeMap::default(),
             direct: Root::default(),
             mirror: Root::default(),
+            mmio: BTreeSet::new(),
             td: None,
             huge_inhibited: BTreeSet::new(),
             invalidate_seq: 0,

@@ -38,6 +38,7 @@ mod dispatch;
 pub mod fault;
 mod fingerprint;
 pub mod fixture;
+mod forget;
 pub mod guest;
 pub mod invariants;
 pub mod kot;

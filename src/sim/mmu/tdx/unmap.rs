@@ -114,6 +114,9 @@ impl World {
             self.tdx_bug_on(vm, Leaf::MemTrack, status);
         }
         self.schedule_point(SchedulePoint::ZapTracked, &[Lock::Mmu(vm)]);
+        if self.mutant(Mutant::UnmapSkipsRemove) {
+            return self.tdx_write_back(gfn, pfn, order, td.hkid);
+        }
         let removed = self.no_vcpus_call(vm, Leaf::MemPageRemove, &entry);
         if !removed.status.is_zero() {
             return Err(fail(Leaf::MemPageRemove, removed.status));
