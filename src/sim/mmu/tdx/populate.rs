@@ -78,7 +78,8 @@ impl World {
         let source = if first_code { None } else { self.source_of(region)? };
         let pfn = self.gmem_get_pfn(slot.file, slot.pgoff + (gfn - slot.base_gfn))?;
         let there = self.live_vm(vm)?.mirror.get(gfn).is_some();
-        if first_code && there {
+        let prepared = self.live_vm(vm)?.td.as_ref().is_some_and(|td| td.prepared.contains(&gfn));
+        if first_code && (there || prepared) {
             return Err(Errno::EEXIST);
         }
         if !self.gfn_is_private(vm, gfn) {
@@ -95,6 +96,9 @@ impl World {
                 break;
             }
             mapped = self.tdx_map_leaf(vm, gfn, pfn, Order::Base, add);
+        }
+        if let (Err(_), Some(td)) = (&mapped, self.vms.get_mut(&vm).and_then(|state| state.td.as_mut())) {
+            td.prepared.insert(gfn);
         }
         match mapped {
             Ok(()) => {}
