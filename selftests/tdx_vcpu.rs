@@ -16,12 +16,16 @@ gmemtest::suite! {
         /// KVM_TDX_FINALIZE_VM (tdx_vcpu_create()). A failure makes a vCPU that the measurement does not know of.
         vcpu_is_made_between_initialization_and_finalization;
 
+        /// KVM_CREATE_VCPU of an id that is there is EEXIST (kvm_vm_ioctl_create_vcpu()), after the vCPU was made. A failure, or
+        /// a kernel that complains, means that a vCPU which is refused leaves something behind.
+        id_is_taken_once;
+
         /// Without a split irqchip KVM_CREATE_VCPU is EINVAL, and EIO comes before that (tdx_vcpu_create()). A failure
         /// means a TD without a local APIC.
         vcpu_needs_a_split_irqchip;
 
         /// An argument that cannot be read is EFAULT, hw_error other than 0 is EINVAL (tdx_get_cmd()), and neither needs
-        /// the TD to be in a certain state. A failure means that a command is made of garbage.
+        /// the TD to be in a certain state; until 6.18 that comes first. A failure means that a command is made of garbage.
         malformed_command_is_refused;
 
         /// An id that is unknown, or belongs to the VM, is EINVAL (tdx_vcpu_ioctl()). A failure means that future commands
@@ -88,9 +92,24 @@ fn vcpu_is_made_between_initialization_and_finalization(cx: &Context) -> TestRes
     let init = td.configuration()?;
     claim_eq!(td.init_vm(&init)?, TdxAnswer::OK, "KVM_TDX_INIT_VM");
     let _vcpu = td.ready_vcpu(0)?;
-    claim_err!(td.vm.create_vcpu(0), Errno::EEXIST, "KVM_CREATE_VCPU of the same id");
     claim_eq!(td.finalize()?, TdxAnswer::OK, "KVM_TDX_FINALIZE_VM");
     claim_err!(td.vm.create_vcpu(1), Errno::EIO, "KVM_CREATE_VCPU after KVM_TDX_FINALIZE_VM");
+    Ok(())
+}
+
+fn id_is_taken_once(cx: &Context) -> TestResult {
+    if cx.by_release(&[((6, 16), true), ((6, 19), false)])? {
+        // Measured on 6.18.15: "list_add corruption" at every vcpu_load() from then on, in this VM and in others.
+        gmemtest::skip!(
+            Declined,
+            "the vCPU that is refused stays in KVM's list of TD vCPUs of the CPU (associated_tdvcpus) when it is freed, until 6.18"
+        );
+    }
+    let td = Td::initialized(cx)?;
+    let _vcpu = td.ready_vcpu(0)?;
+    claim_err!(td.vm.create_vcpu(0), Errno::EEXIST, "KVM_CREATE_VCPU of the same id");
+    td.ready_vcpu(1)?;
+    claim_eq!(td.finalize()?, TdxAnswer::OK, "KVM_TDX_FINALIZE_VM");
     Ok(())
 }
 
@@ -120,7 +139,9 @@ fn malformed_command_is_refused(cx: &Context) -> TestResult {
     claim_eq!(result(&mut *vcpu, KVM_TDX_INIT_VCPU, 0, 0)?, Ok(()), "KVM_TDX_INIT_VCPU afterwards");
     claim_eq!(td.finalize()?, TdxAnswer::OK, "KVM_TDX_FINALIZE_VM");
     let Some(tdx) = vcpu.tdx() else { fail!("the machine's vCPUs have no KVM_MEMORY_ENCRYPT_OP") };
-    claim_err!(tdx.unreadable_command(), Errno::EFAULT, "with an argument that is not mapped, after finalisation");
+    // Until 6.18 the state of the TD is looked at first.
+    let errno = cx.by_release(&[((6, 16), Errno::EINVAL), ((6, 19), Errno::EFAULT)])?;
+    claim_err!(tdx.unreadable_command(), errno, "with an argument that is not mapped, after finalisation");
     Ok(())
 }
 

@@ -101,6 +101,13 @@ impl Kernel {
         if self < Kernel::V7_3 { Errno::EINVAL } else { Errno::EEXIST }
     }
 
+    /// Whether this is KVM's TDX code as it was merged, before the rework of 6.19: a busy or failing PAGE.ADD or MR.EXTEND is
+    /// user space's to deal with and does not end the VM, and any answer to MapGPA but 0 is an invalid operand to the
+    /// guest. Measured on 6.18.15.
+    pub fn has_first_tdx_code(self) -> bool {
+        self <= Kernel::V6_18
+    }
+
     /// Whether PRIVATE is kept per guest_memfd, and converted with KVM_SET_MEMORY_ATTRIBUTES2 on the file.
     pub fn converts_in_place(self) -> bool {
         self >= Kernel::InPlace

@@ -89,7 +89,9 @@ impl Worktree {
 
     /// Makes another directory the worktree.
     fn hand_over(&self, from: &Path, to: &Path) -> Result<()> {
-        fs::rename(from.join(".git"), to.join(".git"))?;
+        // Not renamed: `tree` may be a link to another file system.
+        fs::copy(from.join(".git"), to.join(".git"))?;
+        fs::remove_file(from.join(".git"))?;
         let administration = git(to, &["rev-parse", "--absolute-git-dir"])?;
         // What `git worktree repair` does, which is there since git 2.29 only.
         fs::write(Path::new(&administration).join("gitdir"), format!("{}\n", to.join(".git").display()))?;

@@ -39,6 +39,7 @@ pub(super) fn map_gpa(
         *wait = Wait::Nothing;
         match answer.take().unwrap_or(0) {
             0 => *done = (*done + CHUNK).min(pages),
+            _ if guest.world.profile.kernel.has_first_tdx_code() => return Ok(Some(INVALID_OPERAND)),
             ret if ret == Errno::EAGAIN as u64 => return Ok(Some(RETRY)),
             ret if ret == Errno::EINVAL as u64 => return Ok(Some(INVALID_OPERAND)),
             _ => return Err(Exit::Failed { errno: Errno::EINVAL, reason: KVM_EXIT_HYPERCALL }.into()),

@@ -153,9 +153,9 @@ impl TdxVcpu for SimVcpu {
     }
 
     fn unreadable_command(&mut self) -> Result<(), Errno> {
-        self.shared.with(|world| match world.live_vm(self.vm)?.vm_type {
-            VmType::Tdx => Err(Errno::EFAULT),
-            _ => Err(Errno::EINVAL),
+        self.shared.with(|world| {
+            let of_td = world.live_vm(self.vm)?.vm_type == VmType::Tdx;
+            Err(if of_td && world.takes_vcpu_commands(self.vm)? { Errno::EFAULT } else { Errno::EINVAL })
         })
     }
 

@@ -92,6 +92,17 @@ impl World {
         TdxAnswer { result, hw_error: TdxStatus(hw_error) }
     }
 
+    /// Whether KVM reads the structure of a command on a vCPU of a TD: until 6.18 it looks at the TD's state first.
+    ///
+    /// # Errors
+    /// EIO on a dead VM.
+    pub fn takes_vcpu_commands(&mut self, vm: VmId) -> Result<bool, Errno> {
+        let first_code = self.profile.kernel.has_first_tdx_code();
+        let state = self.live_vm(vm)?;
+        let open = state.td.as_ref().is_some_and(|td| td.key_assigned && td.state == TdState::Initialized);
+        Ok(open || !first_code)
+    }
+
     fn tdx_vcpu_result(
         &mut self,
         vm: VmId,

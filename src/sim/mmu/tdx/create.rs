@@ -63,6 +63,7 @@ impl World {
             state: TdState::Initialized,
             tables: BTreeMap::new(),
             x2apic: BTreeSet::new(),
+            prepared: BTreeSet::new(),
             vcpus: BTreeMap::new(),
         };
         if let Some(state) = self.vms.get_mut(&vm) {

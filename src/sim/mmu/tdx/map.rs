@@ -80,6 +80,9 @@ impl World {
             }
         };
         let answer = self.tdh(leaf, &operands);
+        if matches!(new, NewLeaf::Add { .. }) && self.profile.kernel.has_first_tdx_code() && !answer.status.is_zero() {
+            return Err(Fault::Failed(if answer.is_busy() { Errno::EBUSY } else { Errno::EIO }));
+        }
         if answer.is_busy() {
             return Err(Fault::Retry);
         }

@@ -66,6 +66,9 @@ pub struct Td {
     pub tables: BTreeMap<(u8, u64), Pfn>,
     /// vCPU ids whose CPUID has x2APIC, without which KVM_TDX_INIT_VCPU fails.
     pub x2apic: BTreeSet<u32>,
+    /// Until 6.18: frame numbers whose TDH.MEM.PAGE.ADD failed. Their folios count as prepared (kvm_gmem_prepare_folio()), and
+    /// are not populated any more.
+    pub prepared: BTreeSet<u64>,
     /// vCPUs that KVM_TDX_INIT_VCPU has made, by id.
     pub vcpus: BTreeMap<u32, TdVcpu>,
 }

@@ -48,13 +48,22 @@ impl World {
     fn check_initial_region(&self, region: &KvmTdxInitMemRegion) -> Result<(), Errno> {
         let &KvmTdxInitMemRegion { source_addr, gpa, nr_pages } = region;
         let aligned = source_addr.is_multiple_of(PAGE_SIZE) && gpa.is_multiple_of(PAGE_SIZE);
-        // A source is needed unless the contents are in place already.
-        let sourced = source_addr != 0 || self.profile.kernel.converts_in_place();
+        // A source is needed unless the contents are in place already. Before 6.19 nothing but its pages is looked at.
+        let kernel = self.profile.kernel;
+        let sourced = source_addr != 0 || kernel.converts_in_place() || kernel.has_first_tdx_code();
         let end = gpa.wrapping_add(nr_pages.wrapping_mul(PAGE_SIZE));
         if !aligned || !sourced || nr_pages == 0 || end <= gpa || (gpa | (end - 1)) & SHARED_BIT != 0 {
             return Err(Errno::EINVAL);
         }
         Ok(())
+    }
+
+    /// The frame of the source page, where there is to be one.
+    fn source_of(&mut self, region: &KvmTdxInitMemRegion) -> Result<Option<u64>, Errno> {
+        if region.source_addr == 0 && self.profile.kernel.converts_in_place() {
+            return Ok(None);
+        }
+        self.host_translate(region.source_addr, Access::Read, Cpu::Host).map(Some).map_err(|_| Errno::EFAULT)
     }
 
     /// kvm_gmem_populate() of one page.
@@ -65,15 +74,19 @@ impl World {
         if slot.file.is_none_or(|file| !self.gmem.files.contains_key(&file)) {
             return Err(Errno::EFAULT);
         }
-        let source = match region.source_addr {
-            0 => None,
-            addr => Some(self.host_translate(addr, Access::Read, Cpu::Host).map_err(|_| Errno::EFAULT)?),
-        };
+        let first_code = self.profile.kernel.has_first_tdx_code();
+        let source = if first_code { None } else { self.source_of(region)? };
         let pfn = self.gmem_get_pfn(slot.file, slot.pgoff + (gfn - slot.base_gfn))?;
+        let there = self.live_vm(vm)?.mirror.get(gfn).is_some();
+        let prepared = self.live_vm(vm)?.td.as_ref().is_some_and(|td| td.prepared.contains(&gfn));
+        if first_code && (there || prepared) {
+            return Err(Errno::EEXIST);
+        }
         if !self.gfn_is_private(vm, gfn) {
             return Err(Errno::EINVAL);
         }
-        if self.live_vm(vm)?.mirror.get(gfn).is_some() {
+        let source = if first_code { self.source_of(region)? } else { source };
+        if there {
             return Err(Errno::EIO);
         }
         let add = NewLeaf::Add { source: source.unwrap_or(pfn * PAGE_SIZE) };
@@ -83,6 +96,9 @@ impl World {
                 break;
             }
             mapped = self.tdx_map_leaf(vm, gfn, pfn, Order::Base, add);
+        }
+        if let (Err(_), Some(td)) = (&mapped, self.vms.get_mut(&vm).and_then(|state| state.td.as_mut())) {
+            td.prepared.insert(gfn);
         }
         match mapped {
             Ok(()) => {}
@@ -98,7 +114,9 @@ impl World {
             let operands = [(Reg::Rcx, region.gpa + offset), (Reg::Rdx, tdr)];
             let status = self.tdh(Leaf::MrExtend, &operands).status;
             if !status.is_zero() {
-                self.tdx_bug_on(vm, Leaf::MrExtend, status);
+                if !first_code {
+                    self.tdx_bug_on(vm, Leaf::MrExtend, status);
+                }
                 return Err(Errno::EIO);
             }
         }
