@@ -238,7 +238,7 @@ fn no_store_is_lost_while_the_slot_comes_and_goes(cx: &Context) -> TestResult {
         vm.create_slot()?;
         let after = writer.next()?;
         latest = vm.shared.read_u64(PAGE)?;
-        claim!(latest >= after, "the guest stored {after} to the new slot, the host finds {latest}");
+        claim!(latest >= after, "the guest stored {after} to the slot made again, the host finds {latest}");
     }
     writer.finish()?;
     Ok(())

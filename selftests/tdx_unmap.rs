@@ -76,7 +76,7 @@ impl<'a> Removal<'a> {
             _ if call.guest => false,
             BLOCK | REMOVE => call.operands[0] & !0xfff == gpa,
             // The key id stands above the address.
-            WBINVD => call.operands[0] / PAGE_SIZE & ((1 << 34) - 1) == frame,
+            WBINVD => (call.operands[0] / PAGE_SIZE) & ((1 << 34) - 1) == frame,
             leaf => leaf == TRACK,
         };
         Removal { gpa, calls: calls.iter().filter(about).collect() }
