@@ -96,7 +96,18 @@ struct Watcher {
     /// Loads that ended in KVM_EXIT_MMIO so far.
     mmio: Arc<AtomicU64>,
     control: Arc<dyn VcpuControl>,
-    thread: thread::JoinHandle<Result<Seen, Exit>>,
+    /// Until it is joined.
+    thread: Option<thread::JoinHandle<Result<Seen, Exit>>>,
+}
+
+impl Drop for Watcher {
+    /// A guest that nobody watches any more would go on for ever.
+    fn drop(&mut self) {
+        if let Some(thread) = self.end() {
+            // It has nothing to tell to a test that has failed.
+            let _ = thread.join();
+        }
+    }
 }
 
 /// So many loads that find no slot after the slot was made are no matter of timing: one can be under way.
@@ -128,6 +139,7 @@ impl Watcher {
                         }
                         exit = vcpu.execute(GuestOp::ReadWhile { gpa: address, expect: value });
                     }
+                    Exit::Mmio { .. } if until.load(Ordering::Acquire) => return Ok(seen),
                     Exit::Mmio { gpa: at, write: None, .. } if at == gpa => {
                         seen.mmio = missed.fetch_add(1, Ordering::Relaxed) + 1;
                         exit = vcpu.resume(Reply::MmioRead(MMIO_VALUE));
@@ -136,13 +148,13 @@ impl Watcher {
                 }
             }
         });
-        Ok(Watcher { ending, latest, mmio, control, thread })
+        Ok(Watcher { ending, latest, mmio, control, thread: Some(thread) })
     }
 
     /// Waits until the guest has loaded `value`, or is gone.
     fn wait_for(&self, value: u64) -> TestResult {
         let before = self.mmio.load(Ordering::Relaxed);
-        while self.latest.load(Ordering::Acquire) != value && !self.thread.is_finished() {
+        while self.latest.load(Ordering::Acquire) != value && !self.is_gone() {
             let late = self.mmio.load(Ordering::Relaxed) - before;
             claim!(
                 value == MMIO_VALUE || late <= MOST_LATE,
@@ -153,17 +165,26 @@ impl Watcher {
         Ok(())
     }
 
-    /// Ends the loop.
-    fn finish(self) -> TestResult<Seen> {
+    fn is_gone(&self) -> bool {
+        self.thread.as_ref().is_none_or(thread::JoinHandle::is_finished)
+    }
+
+    /// Ends the loop; the thread is at its end.
+    fn end(&mut self) -> Option<thread::JoinHandle<Result<Seen, Exit>>> {
         self.ending.store(true, Ordering::Release);
-        while !self.thread.is_finished() {
+        while !self.is_gone() {
             self.control.stop();
             thread::yield_now();
         }
-        match self.thread.join() {
-            Ok(Ok(seen)) => Ok(seen),
-            Ok(Err(exit)) => fail!("the guest left its loop with {exit:x?}"),
-            Err(_) => fail!("the thread of the vCPU panicked"),
+        self.thread.take()
+    }
+
+    /// Ends the loop.
+    fn finish(mut self) -> TestResult<Seen> {
+        match self.end().map(thread::JoinHandle::join) {
+            Some(Ok(Ok(seen))) => Ok(seen),
+            Some(Ok(Err(exit))) => fail!("the guest left its loop with {exit:x?}"),
+            Some(Err(_)) | None => fail!("the thread of the vCPU panicked"),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A guest that stores without pause: [`GuestWriter`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -16,7 +17,21 @@ const PAUSE: Duration = Duration::from_micros(20);
 /// A vCPU that stores a rising counter to one address without pause, on a thread of its own.
 pub struct GuestWriter {
     control: Arc<dyn VcpuControl>,
-    thread: thread::JoinHandle<(Box<dyn Vcpu>, Exit)>,
+    ending: Arc<AtomicBool>,
+    /// Until it is joined.
+    thread: Option<thread::JoinHandle<(Box<dyn Vcpu>, Exit)>>,
+}
+
+impl Drop for GuestWriter {
+    /// A guest that no test waits for any more would go on for ever.
+    fn drop(&mut self) {
+        self.ending.store(true, Ordering::Release);
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to tell to a test that has failed.
+            let _ = thread.join();
+        }
+    }
 }
 
 /// What the writer does at KVM_EXIT_MEMORY_FAULT.
@@ -34,17 +49,20 @@ impl GuestWriter {
         let control = vcpu.control();
         // It runs as long as the test does, which is long on a busy emulator.
         vcpu.set_time_limit(WHOLE_TEST);
+        let ending = Arc::new(AtomicBool::new(false));
+        let until = ending.clone();
         let thread = thread::spawn(move || {
             let mut exit = vcpu.execute(GuestOp::WriteUntilStopped { gpa });
             loop {
                 exit = match exit {
+                    exit if until.load(Ordering::Acquire) => return (vcpu, exit),
                     Exit::Mmio { write: Some(_), .. } => vcpu.resume(Reply::None),
                     Exit::MemoryFault { .. } if at_fault == AtFault::TryAgain => vcpu.resume(Reply::None),
                     exit => return (vcpu, exit),
                 };
             }
         });
-        let writer = GuestWriter { control, thread };
+        let writer = GuestWriter { control, ending, thread: Some(thread) };
         writer.wait_for(1);
         writer
     }
@@ -56,7 +74,7 @@ impl GuestWriter {
 
     /// Whether the guest has left its loop.
     pub fn is_gone(&self) -> bool {
-        self.thread.is_finished()
+        self.thread.as_ref().is_none_or(thread::JoinHandle::is_finished)
     }
 
     /// Waits until `stamp` has been stored, or the guest is gone.
@@ -83,13 +101,18 @@ impl GuestWriter {
     /// # Errors
     /// A failure when it had left its loop before.
     pub fn finish(self) -> TestResult<Box<dyn Vcpu>> {
-        while !self.is_gone() {
-            self.control.stop();
-            thread::yield_now();
-        }
+        self.stop();
         match self.left()? {
             (vcpu, Exit::Done(_)) => Ok(vcpu),
             (_, exit) => fail!("the writing guest left with {exit:x?}"),
+        }
+    }
+
+    /// Asks until it has left.
+    fn stop(&self) {
+        while !self.is_gone() {
+            self.control.stop();
+            thread::yield_now();
         }
     }
 
@@ -97,10 +120,10 @@ impl GuestWriter {
     ///
     /// # Errors
     /// A failure when its thread has panicked.
-    pub fn left(self) -> TestResult<(Box<dyn Vcpu>, Exit)> {
-        match self.thread.join() {
-            Ok(left) => Ok(left),
-            Err(_) => fail!("the thread of the vCPU panicked"),
+    pub fn left(mut self) -> TestResult<(Box<dyn Vcpu>, Exit)> {
+        match self.thread.take().map(thread::JoinHandle::join) {
+            Some(Ok(left)) => Ok(left),
+            Some(Err(_)) | None => fail!("the thread of the vCPU panicked"),
         }
     }
 }
