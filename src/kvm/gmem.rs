@@ -48,7 +48,7 @@ impl KvmGuestMemfd {
 
     /// The same file, which the memory of the VM's payload outlives.
     pub(super) fn with_payload(self, payload: Option<Arc<dyn GuestMemfd>>) -> KvmGuestMemfd {
-        KvmGuestMemfd { payload: payload, ..self }
+        KvmGuestMemfd { payload, ..self }
     }
 }
 
