@@ -226,12 +226,12 @@ impl BisectArguments {
         let images = self.kernel.iter().map(|path| BootImage::read(path)).collect::<Result<Vec<_>, _>>()?;
         let names: Vec<String> = images.iter().map(|image| image.path().display().to_string()).collect();
         let mut log = self.open_log(names.clone(), Vec::new(), rates, run)?;
+        let title = |index: usize| format!("{} ({})", images[index].release(), names[index]);
         let found = bisect::first_bad(images.len(), |index| {
-            self.verdict(&names[index], images[index].release(), &mut log, || {
+            self.verdict(&names[index], &title(index), &mut log, || {
                 bisect::judge(&names[index], &images[index], runner, rates, self.max_runs)
             })
         })?;
-        let title = |index: usize| format!("{} ({})", images[index].release(), names[index]);
         let judged = |index: usize| log.verdict(&names[index]).cloned();
         let end = |conclusion: String| Ended {
             schema: "gmemtest-bisection/1",

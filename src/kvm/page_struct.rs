@@ -53,14 +53,23 @@ struct Layout {
     refcount: u64,
     /// offsetof(struct page, _mapcount).
     mapcount: u64,
-    /// Address, length and place in the file of what can be read.
-    segments: Vec<(u64, u64, u64)>,
+    /// What can be read.
+    segments: Vec<Segment>,
+}
+
+/// A range of the kernel's memory in /proc/kcore.
+#[derive(Debug, PartialEq, Eq)]
+struct Segment {
+    address: u64,
+    len: u64,
+    /// Where it begins in the file.
+    place: u64,
 }
 
 impl Layout {
     fn read(kcore: &mut File) -> Result<Layout, Errno> {
         let cache = ReadCache::new(kcore);
-        let parse = || -> read::Result<(String, Vec<(u64, u64, u64)>)> {
+        let parse = || -> read::Result<(String, Vec<Segment>)> {
             let header = FileHeader64::<Endianness>::parse(&cache)?;
             let endian = header.endian()?;
             let (mut info, mut segments) = (String::new(), Vec::new());
@@ -74,9 +83,11 @@ impl Layout {
                             }
                         }
                     }
-                    PT_LOAD => {
-                        segments.push((segment.p_vaddr(endian), segment.p_filesz(endian), segment.p_offset(endian)))
-                    }
+                    PT_LOAD => segments.push(Segment {
+                        address: segment.p_vaddr(endian),
+                        len: segment.p_filesz(endian),
+                        place: segment.p_offset(endian),
+                    }),
                     _ => {}
                 }
             }
@@ -87,7 +98,7 @@ impl Layout {
     }
 
     /// Of the lines of VMCOREINFO.
-    fn of(info: &str, segments: Vec<(u64, u64, u64)>) -> Option<Layout> {
+    fn of(info: &str, segments: Vec<Segment>) -> Option<Layout> {
         let lines: HashMap<&str, &str> = info.lines().filter_map(|line| line.split_once('=')).collect();
         let number = |key: &str| lines.get(key)?.parse::<u64>().ok();
         let symbol = u64::from_str_radix(lines.get("SYMBOL(vmemmap)")?, 16).ok()?;
@@ -106,10 +117,10 @@ impl Layout {
         let page = page.ok_or(Errno::ENXIO)?;
         let word = |offset: u64| -> Result<i32, Errno> {
             let address = page + offset;
-            let holds = |&&(start, length, _): &&(u64, u64, u64)| address >= start && address - start < length;
-            let &(start, _, place) = self.segments.iter().find(holds).ok_or(Errno::ENXIO)?;
+            let holds = |segment: &&Segment| address >= segment.address && address - segment.address < segment.len;
+            let segment = self.segments.iter().find(holds).ok_or(Errno::ENXIO)?;
             let mut bytes = [0; 4];
-            kcore.read_exact_at(&mut bytes, place + (address - start)).map_err(errno_of)?;
+            kcore.read_exact_at(&mut bytes, segment.place + (address - segment.address)).map_err(errno_of)?;
             Ok(i32::from_ne_bytes(bytes))
         };
         // -1 stands for no mapping; a page of some other use has a type in its place, which is no count either.
@@ -134,8 +145,13 @@ mod tests {
 
     #[test]
     fn a_frame_whose_page_cannot_be_read_is_beyond_the_memory() {
-        let layout =
-            Layout { vmemmap: 1 << 40, size: 64, refcount: 52, mapcount: 48, segments: vec![(1 << 40, 64, 0)] };
+        let layout = Layout {
+            vmemmap: 1 << 40,
+            size: 64,
+            refcount: 52,
+            mapcount: 48,
+            segments: vec![Segment { address: 1 << 40, len: 64, place: 0 }],
+        };
         let file = tempfile::tempfile().unwrap();
         let mut page = [0u8; 64];
         page[48..52].copy_from_slice(&0i32.to_ne_bytes());

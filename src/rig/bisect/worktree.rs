@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::git::git;
 
@@ -27,8 +27,13 @@ impl Worktree {
         let worktree = Worktree { repository: repository.to_owned(), directory: directory.to_owned() };
         // One that was not closed, because its process was killed, is gone on with.
         let open = worktree.link().exists() && worktree.administration().is_ok();
-        if !open {
-            worktree.attach().with_context(|| format!("a worktree in {}", directory.display()))?;
+        let attached = if open { Ok(()) } else { worktree.attach() };
+        if let Err(error) = attached {
+            // Nothing is open yet that would have to be closed.
+            let handle = worktree.handle().to_string_lossy().into_owned();
+            let _ = git(repository, &["worktree", "remove", "--force", &handle]);
+            std::mem::forget(worktree);
+            return Err(error.context(format!("a worktree in {}", directory.display())));
         }
         Ok(worktree)
     }
