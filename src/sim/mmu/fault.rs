@@ -75,10 +75,10 @@ impl World {
     /// # Errors
     /// [`Fault`].
     pub fn handle_fault(&mut self, vm: VmId, request: Request) -> Result<(u64, Spte), Fault> {
-        let Request { gfn, private, access, .. } = request;
+        let Request { gfn, private, access, origin } = request;
         let memory_fault = |errno| Fault::Memory { errno, private };
         let state = self.vms.get(&vm).ok_or(Fault::Failed(Errno::EIO))?;
-        if !private && state.mmio.contains(&gfn) {
+        if origin == Origin::Guest && !private && state.mmio.contains(&gfn) {
             return Err(Fault::Mmio);
         }
         if state.vm_type.has_private_memory()
@@ -131,6 +131,8 @@ impl World {
         let state = self.vms.get_mut(&vm).expect("the VM was just found");
         state.direct.zap(first, first + spte.order.pages());
         state.direct.set(first, spte);
+        // A mapping takes the place of an MMIO entry; only a guest's access does not come so far.
+        state.mmio.retain(|mmio| !(first..first + spte.order.pages()).contains(mmio));
         Ok((first, spte))
     }
 

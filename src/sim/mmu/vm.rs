@@ -47,8 +47,9 @@ pub struct Vm {
     pub direct: Root,
     /// The mirror of a TD's S-EPT.
     pub mirror: Root,
-    /// MMIO entries of a TD's shared page tables, by gfn: made by an access where no slot is, and never taken away. The guest
-    /// gets #VE by such an entry and KVM no fault, so that a slot that is made there later is not seen.
+    /// MMIO entries of a TD's shared page tables, by gfn: made by an access or a pre-fault where no slot is, and taken
+    /// away only by a pre-fault that maps the page. The guest gets #VE by such an entry and KVM no fault, so that a slot that
+    /// is made there later is not seen.
     pub mmio: BTreeSet<u64>,
     /// The TD, once it is initialised.
     pub td: Option<Td>,
