@@ -78,7 +78,8 @@ impl World {
         let Request { gfn, private, access, .. } = request;
         let memory_fault = |errno| Fault::Memory { errno, private };
         let state = self.vms.get(&vm).ok_or(Fault::Failed(Errno::EIO))?;
-        if !private && state.mmio.contains(&gfn) {
+        // KVM's own fault does not come through such an entry, and finds the slot.
+        if !private && request.origin != Origin::PreFault && state.mmio.contains(&gfn) {
             return Err(Fault::Mmio);
         }
         if state.vm_type.has_private_memory()
@@ -131,6 +132,8 @@ impl World {
         let state = self.vms.get_mut(&vm).expect("the VM was just found");
         state.direct.zap(first, first + spte.order.pages());
         state.direct.set(first, spte);
+        // In the place of an MMIO entry, where there was one.
+        state.mmio.remove(&gfn);
         Ok((first, spte))
     }
 
