@@ -23,11 +23,12 @@
 //!
 //! The sizes can be limited: `GMEMTEST_BENCH_MAX_GIB=16 cargo bench --bench sim`.
 
+mod support;
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use gmemtest::machine::{
     Exit, GuestMemfd, GuestOp, HoldKind, Machine, MemoryAttributes, MemoryRegion, PAGE_SIZE, Protection, Vcpu, Vm,
@@ -36,6 +37,7 @@ use gmemtest::machine::{
 use gmemtest::sim::SimMachine;
 use gmemtest::sim::policy::PolicyKind;
 use gmemtest::sim::profile::{GMEM_FLAG_HUGETLB, GMEM_HUGE_SHIFT};
+use support::CpuTime;
 
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -48,45 +50,6 @@ const HUGE_FILE: u64 = 1 | GMEM_FLAG_HUGETLB | 21 << GMEM_HUGE_SHIFT;
 const TARGET_SECONDS: f64 = 60.0;
 const TARGET_BYTES: u64 = 4 * GIB;
 const TARGET_FLATNESS: f64 = 2.0;
-
-/// Time this thread has had a processor: other work on the machine does not count.
-struct CpuTime(WallTime);
-
-impl CpuTime {
-    fn now() -> Duration {
-        let clock = nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID;
-        nix::time::clock_gettime(clock).expect("every Linux has this clock").into()
-    }
-}
-
-impl Measurement for CpuTime {
-    type Intermediate = Duration;
-    type Value = Duration;
-
-    fn start(&self) -> Duration {
-        CpuTime::now()
-    }
-
-    fn end(&self, start: Duration) -> Duration {
-        CpuTime::now() - start
-    }
-
-    fn add(&self, a: &Duration, b: &Duration) -> Duration {
-        *a + *b
-    }
-
-    fn zero(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn to_f64(&self, value: &Duration) -> f64 {
-        value.as_nanos() as f64
-    }
-
-    fn formatter(&self) -> &dyn ValueFormatter {
-        self.0.formatter()
-    }
-}
 
 /// Resident memory of this process, in bytes.
 fn resident() -> u64 {
@@ -380,7 +343,7 @@ fn main() {
         sizes();
     }
     let mut criterion = Criterion::default()
-        .with_measurement(CpuTime(WallTime))
+        .with_measurement(CpuTime::measurement())
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
         .sample_size(20)

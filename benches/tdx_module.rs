@@ -20,56 +20,19 @@
 //! at 4K and 1 TiB mapped at 2M, all accepted, holds 679 MiB (685 MiB resident in the process). The work of a call does not depend on
 //! how much is mapped; what random single pages add is misses of the processor's caches.
 
+mod support;
+
 use std::hint::black_box;
 use std::time::Duration;
 
-use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gmemtest::sim::tdx_module::fixture::{Fixture, TdSpec};
 use gmemtest::sim::tdx_module::{Leaf, LpId, Outcome, Platform, Regs, Status, Switches};
+use support::CpuTime;
 
 const GIB: u64 = 1 << 30;
 const PAGE: u64 = 4096;
 const LARGE: u64 = 2 << 20;
-
-/// Time this thread has had a processor: other work on the machine does not count.
-struct CpuTime(WallTime);
-
-impl CpuTime {
-    fn now() -> Duration {
-        let clock = nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID;
-        nix::time::clock_gettime(clock).expect("every Linux has this clock").into()
-    }
-}
-
-impl Measurement for CpuTime {
-    type Intermediate = Duration;
-    type Value = Duration;
-
-    fn start(&self) -> Duration {
-        CpuTime::now()
-    }
-
-    fn end(&self, start: Duration) -> Duration {
-        CpuTime::now() - start
-    }
-
-    fn add(&self, a: &Duration, b: &Duration) -> Duration {
-        *a + *b
-    }
-
-    fn zero(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn to_f64(&self, value: &Duration) -> f64 {
-        value.as_nanos() as f64
-    }
-
-    fn formatter(&self) -> &dyn ValueFormatter {
-        self.0.formatter()
-    }
-}
 
 /// A finalized TD with a vCPU on a platform with `gib` GiB of TDMR, and where its memory may come from.
 struct Bench {
@@ -360,7 +323,7 @@ fn resident_mib() -> u64 {
 
 criterion_group! {
     name = benches;
-    config = Criterion::default().with_measurement(CpuTime(WallTime));
+    config = Criterion::default().with_measurement(CpuTime::measurement());
     targets = leaves, demote, flatness, size
 }
 criterion_main!(benches);
