@@ -7,9 +7,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 
 use super::git::git;
+
+/// The file that says that `tree` and `handle` beside it are a bisection's.
+const MARK: &str = ".gmemtest-bisect";
 
 /// A worktree in the `tree` of a directory.
 #[derive(Debug)]
@@ -25,6 +28,11 @@ impl Worktree {
     /// When git refuses, or the directory cannot be written.
     pub(super) fn open(repository: &Path, directory: &Path) -> Result<Worktree> {
         let worktree = Worktree { repository: repository.to_owned(), directory: directory.to_owned() };
+        if let Err(error) = worktree.take_possession() {
+            // What is there is somebody else's, and nothing is to be closed.
+            std::mem::forget(worktree);
+            return Err(error);
+        }
         // One that was not closed, because its process was killed, is gone on with.
         let open = worktree.link().exists() && worktree.administration().is_ok();
         let attached = if open { Ok(()) } else { worktree.attach() };
@@ -56,6 +64,26 @@ impl Worktree {
     /// The place at which git makes worktrees and removes them, which it does only with all their files.
     fn handle(&self) -> PathBuf {
         self.directory.join("handle")
+    }
+
+    /// Makes sure that what is checked out over, and removed, was made by a bisection.
+    fn take_possession(&self) -> Result<()> {
+        let mark = self.directory.join(MARK);
+        if mark.exists() {
+            return Ok(());
+        }
+        for path in [self.path(), self.handle()] {
+            let holds = match fs::read_dir(&path) {
+                Ok(mut entries) => entries.next().is_some(),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+                Err(error) => return Err(error).with_context(|| path.display().to_string()),
+            };
+            if holds {
+                bail!("{} is there, and no bisection made it: give --out another directory", path.display());
+            }
+        }
+        fs::create_dir_all(&self.directory)?;
+        Ok(fs::write(mark, "")?)
     }
 
     /// The directory in the repository that stands for the worktree.
@@ -122,5 +150,21 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_of_somebody_else_is_left_alone() {
+        let out = tempfile::tempdir().unwrap();
+        let work = out.path().join("tree/work");
+        fs::create_dir(out.path().join("tree")).unwrap();
+        fs::write(&work, "of a week").unwrap();
+        let error = Worktree::open(Path::new("/no/repository"), out.path()).unwrap_err().to_string();
+        assert!(error.contains("no bisection made it: give --out another directory"), "{error}");
+        assert_eq!(fs::read_to_string(&work).unwrap(), "of a week");
     }
 }
