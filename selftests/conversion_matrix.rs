@@ -12,7 +12,7 @@ use kvm_bindings::KVM_CAP_EXIT_HYPERCALL;
 gmemtest::suite! {
     /// A conversion changes the side of its range and of nothing else, whoever holds what (private_mem_conversions_test,
     /// tdx_upm_test, verify_conversions).
-    pub static SUITE: conversion_matrix needs [Vm, Guest, GuestMemfd, PrivateMemory] {
+    pub static SUITE: conversion_matrix needs [Vm, Guest, GuestMemfd, PrivateMemory, LazyAccept] {
         /// Exactly the range changes sides: the pages around it keep theirs and their contents, there and back. A failure
         /// loses or exposes the memory beside a conversion.
         range_changes_sides_exactly[RANGES];

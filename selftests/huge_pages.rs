@@ -14,22 +14,22 @@ gmemtest::suite! {
         shared_page_is_one_for_host_and_guest[SIZES];
 
         /// A file that begins private is SIGBUS for the host wherever it looks.
-        private_file_is_not_mappable[SIZES];
+        private_file_is_not_mappable[SIZES] needs [LazyAccept];
 
         /// A range is converted before anything is allocated.
-        conversion_before_allocation[SIZES];
+        conversion_before_allocation[SIZES] needs [LazyAccept];
 
         /// A range with 4 of its 16 pages allocated is converted as a whole, there and back.
-        conversion_of_a_partly_allocated_range[SIZES];
+        conversion_of_a_partly_allocated_range[SIZES] needs [LazyAccept];
 
         /// Page 2 of 4 converts alone: its neighbours keep side and contents. A failure loses the rest of a huge page.
-        conversion_of_one_page_leaves_its_neighbours[SIZES];
+        conversion_of_one_page_leaves_its_neighbours[SIZES] needs [LazyAccept];
 
         /// Punching changes no side.
-        truncation_keeps_the_sides[SIZES];
+        truncation_keeps_the_sides[SIZES] needs [LazyAccept];
 
         /// A held page fails the conversion to private with its own offset, in any block.
-        held_page_fails_the_conversion[HELD];
+        held_page_fails_the_conversion[HELD] needs [LazyAccept];
 
         /// The exit of an access to the wrong side does not depend on attributes of the VM, of which there are none.
         wrong_side_is_reported_by_the_file[SIZES];
@@ -39,7 +39,7 @@ gmemtest::suite! {
         truncation_of_pinned_shared_memory[SIZES];
 
         /// Private memory is punched, and the next guest to look finds zeroes.
-        truncation_of_private_memory_frees_it[SIZES];
+        truncation_of_private_memory_frees_it[SIZES] needs [LazyAccept];
 
         /// Closing while a page is pinned keeps that page and gives the rest back when the pin goes.
         closed_file_lives_on_in_its_pin[SIZES] needs [PageFlags, HoldPin];
@@ -48,23 +48,23 @@ gmemtest::suite! {
         allocation_of_a_page_brings_its_folio[SIZES] needs [Cachestat];
 
         /// Pages all over the file are converted one by one.
-        single_pages_are_converted[SIZES];
+        single_pages_are_converted[SIZES] needs [LazyAccept];
 
         /// A private huge folio is one mapping; a shared page in it takes the level away, and it comes back when the folio is
         /// whole. In a TD it does not: what was split stays split.
-        mapping_level_is_reached_lost_and_regained[LEVELS] needs [KvmStats];
+        mapping_level_is_reached_lost_and_regained[LEVELS] needs [KvmStats, LazyAccept];
 
         /// Contents stay through a split and the merge after it, but for what a TD accepts anew.
-        contents_survive_split_and_merge[SIZES];
+        contents_survive_split_and_merge[SIZES] needs [LazyAccept];
 
         /// A folio that is whole again has the references of all of its pages (folio_ref_freeze()).
-        merged_folio_is_one_again[LEVELS] needs [PageAccount];
+        merged_folio_is_one_again[LEVELS] needs [PageAccount, LazyAccept];
 
         /// Only the huge mappings across an end of the range are split: the head and the tail. Those between go whole.
-        only_head_and_tail_are_split[RANGES] needs [ModuleInjection];
+        only_head_and_tail_are_split[RANGES] needs [ModuleInjection, LazyAccept];
 
         /// TDG.MEM.PAGE.ACCEPT at another level than the mapping's.
-        accept_at_another_level[ACCEPTS] needs [ModuleInjection, PreFault];
+        accept_at_another_level[ACCEPTS] needs [ModuleInjection, PreFault, LazyAccept];
     }
 }
 
@@ -79,6 +79,11 @@ const LEVELS: &[(&str, FolioSize)] = &[("of_2_mib", FolioSize::Pmd), ("of_1_gib"
 fn vm_of(cx: &Context, size: FolioSize, side: Side) -> TestResult<InPlaceVm> {
     let len = if size == FolioSize::Pud { size.bytes() } else { 2 * MIB2 };
     InPlaceVm::of_folios(cx, size, len, side)
+}
+
+/// What it takes to convert a part of a folio of `size` that the guest has mapped.
+fn require_split(cx: &Context, size: FolioSize) -> TestResult {
+    if size == FolioSize::Base { Ok(()) } else { cx.require(Facility::SplitMappedFolio) }
 }
 
 /// Pages at the ends and in the middle.
@@ -140,6 +145,7 @@ fn conversion_of_a_partly_allocated_range(cx: &Context, &size: &FolioSize) -> Te
 }
 
 fn conversion_of_one_page_leaves_its_neighbours(cx: &Context, &size: &FolioSize) -> TestResult {
+    require_split(cx, size)?;
     let mut vm = vm_of(cx, size, Side::Private)?;
     let pages = [0, 1, 2, 3, 511];
     for page in pages {
@@ -292,6 +298,7 @@ fn allocation_of_a_page_brings_its_folio(cx: &Context, &size: &FolioSize) -> Tes
 }
 
 fn single_pages_are_converted(cx: &Context, &size: &FolioSize) -> TestResult {
+    require_split(cx, size)?;
     let mut vm = vm_of(cx, size, Side::Private)?;
     let step = vm.len / 8;
     for at in (0..vm.len).step_by(step as usize) {
@@ -315,6 +322,7 @@ fn levels(vm: &dyn Vm) -> TestResult<(u64, u64)> {
 }
 
 fn mapping_level_is_reached_lost_and_regained(cx: &Context, &size: &FolioSize) -> TestResult {
+    require_split(cx, size)?;
     let mut vm = vm_of(cx, size, Side::Private)?;
     let is_td = vm.vm.shared_bit() != 0;
     // A TD is mapped at 2 MiB at most.
@@ -341,6 +349,7 @@ fn mapping_level_is_reached_lost_and_regained(cx: &Context, &size: &FolioSize) -
 }
 
 fn contents_survive_split_and_merge(cx: &Context, &size: &FolioSize) -> TestResult {
+    require_split(cx, size)?;
     let mut vm = vm_of(cx, size, Side::Private)?;
     vm.guest_fill(0, MIB2, Side::Private, 0x3C)?;
     let (at, len) = (5 * P, 3 * P);
@@ -360,6 +369,7 @@ fn contents_survive_split_and_merge(cx: &Context, &size: &FolioSize) -> TestResu
 }
 
 fn merged_folio_is_one_again(cx: &Context, &size: &FolioSize) -> TestResult {
+    require_split(cx, size)?;
     let mut vm = vm_of(cx, size, Side::Private)?;
     vm.guest_write(0, Side::Private, 1)?;
     let pages = (size.bytes() / P) as u32;
@@ -395,6 +405,7 @@ const RANGES: &[(&str, (u64, u64, usize))] = &[
 ];
 
 fn only_head_and_tail_are_split(cx: &Context, &(first, pages, splits): &(u64, u64, usize)) -> TestResult {
+    require_split(cx, if splits == 0 { FolioSize::Base } else { FolioSize::Pmd })?;
     let mut vm = InPlaceVm::of_folios(cx, FolioSize::Pmd, 3 * MIB2, Side::Private)?;
     let Some(module) = cx.machine().tdx_module() else { gmemtest::skip!(NoHardwareInjection, "no module to look at") };
     for block in 0..3 {

@@ -17,13 +17,13 @@ gmemtest::suite! {
     pub static SUITE: inplace_conversion needs [Vm, GuestMemfd, InPlaceConversion] {
         /// Memory that begins private is SIGBUS for the host; converted, host and guest see the same. A failure exposes
         /// guest memory or hides shared memory.
-        memory_that_begins_private_becomes_shared needs [Guest];
+        memory_that_begins_private_becomes_shared needs [Guest, LazyAccept];
 
         /// Memory that begins shared is one for host and guest; converted, the host gets SIGBUS.
-        memory_that_begins_shared_becomes_private needs [Guest];
+        memory_that_begins_shared_becomes_private needs [Guest, LazyAccept];
 
         /// Converting one page of four converts that page only, whichever it is. A failure converts a neighbour.
-        one_page_is_converted_alone[INDICES] needs [Guest];
+        one_page_is_converted_alone[INDICES] needs [Guest, LazyAccept];
 
         /// Memory that nobody has touched can be converted, and the first access then behaves as its side says.
         memory_is_converted_before_it_is_allocated[SIDES] needs [Guest];
@@ -39,7 +39,7 @@ gmemtest::suite! {
 
         /// One held page fails the conversion of every range with it: EAGAIN with the byte offset of that page. The other
         /// pages convert, and so does everything once it is let go. A failure lets the host write private memory.
-        held_page_is_in_the_way[HELD] needs [Guest];
+        held_page_is_in_the_way[HELD] needs [Guest, LazyAccept];
 
         /// A conversion that is refused stores nothing, and has taken the host's page table entries of the whole range all
         /// the same: the next host access faults them in again with the same data.
@@ -50,7 +50,7 @@ gmemtest::suite! {
 
         /// A page in a per-CPU LRU batch has a reference more; conversion drains the batches before it calls the page held.
         /// A failure makes conversions fail at random.
-        fresh_pages_are_converted_at_once needs [Guest];
+        fresh_pages_are_converted_at_once needs [Guest, LazyAccept];
 
         /// Every slot with a file uses the file for both sides; what userspace_addr points to does not matter. A failure
         /// means that shared memory has two places.
@@ -60,17 +60,17 @@ gmemtest::suite! {
         contents_survive_both_directions needs [Guest];
 
         /// An access of a TD to the other side than the file's is KVM_EXIT_MEMORY_FAULT with the side that was tried.
-        td_access_to_the_other_side_is_a_memory_fault[SIDES] needs [Guest];
+        td_access_to_the_other_side_is_a_memory_fault[SIDES] needs [Guest, LazyAccept];
 
         /// A conversion under a running vCPU takes effect at once: it goes on on the new side, a TD leaves with a memory
         /// fault. A failure leaves a stale translation.
-        running_vcpu_follows_the_conversion needs [Guest] timeout 60;
+        running_vcpu_follows_the_conversion needs [Guest, LazyAccept] timeout 60;
 
         /// Two slots of one file show the same conversion where they show the same page; other files are not concerned.
-        conversion_belongs_to_the_file needs [Guest];
+        conversion_belongs_to_the_file needs [Guest, LazyAccept];
 
         /// KVM_PRE_FAULT_MEMORY maps what the file says the side is, and the mapping goes with a conversion.
-        prefaulted_memory_is_converted needs [Guest, PreFault];
+        prefaulted_memory_is_converted needs [Guest, PreFault, LazyAccept];
     }
 }
 
@@ -135,7 +135,13 @@ fn one_page_is_converted_alone(cx: &Context, &index: &u64) -> TestResult {
     Ok(())
 }
 
+/// What it takes for the guest to touch fresh memory of `side`.
+fn require_touch(cx: &Context, side: Side) -> TestResult {
+    if side == Side::Private { cx.require(Facility::LazyAccept) } else { Ok(()) }
+}
+
 fn memory_is_converted_before_it_is_allocated(cx: &Context, &side: &Side) -> TestResult {
+    require_touch(cx, side)?;
     let mut vm = InPlaceVm::new(cx, PAGES, side.other())?;
     vm.convert(0, vm.len, side)?;
     for page in 0..PAGES {
@@ -148,6 +154,7 @@ fn memory_is_converted_before_it_is_allocated(cx: &Context, &side: &Side) -> Tes
 }
 
 fn conversion_reaches_over_holes(cx: &Context, &side: &Side) -> TestResult {
+    require_touch(cx, side)?;
     let mut vm = InPlaceVm::new(cx, 2 * PAGES, side.other())?;
     for page in (0..2 * PAGES).step_by(4) {
         claim_ok!(vm.gmem.allocate(page * P, P));
@@ -163,6 +170,7 @@ fn conversion_reaches_over_holes(cx: &Context, &side: &Side) -> TestResult {
 }
 
 fn punch_keeps_the_side(cx: &Context, &side: &Side) -> TestResult {
+    require_touch(cx, side)?;
     let mut vm = InPlaceVm::new(cx, PAGES, side.other())?;
     vm.convert(0, vm.len, side)?;
     vm.guest_fill(0, vm.len, side, 0x5A)?;

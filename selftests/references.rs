@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use gmemtest::harness::sides::TwoSided;
 use gmemtest::harness::{Context, FolioSize, GmemVm, InPlaceVm, Side, TestResult};
 use gmemtest::machine::{
-    Exit, Facility, FaultWhen, GuestMemfd, GuestOp, HoldKind, Machine, ModuleFault, PAGE_SIZE, PageAccount, Release,
-    VmType,
+    ConvertError, Errno, Exit, Facility, FaultWhen, GuestMemfd, GuestOp, HoldKind, Machine, ModuleFault, PAGE_SIZE,
+    PageAccount, Release, VmType,
 };
 use gmemtest::{claim_eq, claim_matches, claim_ok, fail};
 
@@ -32,7 +32,7 @@ gmemtest::suite! {
         guest_mapping_leaves_nothing_behind[ENDS] needs [Guest];
 
         /// Conversion to private takes the host's references away, conversion to shared gives none back by itself.
-        conversion_leaves_the_references_of_the_file needs [Guest, InPlaceConversion];
+        conversion_leaves_the_references_of_the_file needs [Guest, InPlaceConversion, LazyAccept];
 
         /// A punched page belongs to those who hold it: the file has a new one with references of its own.
         punched_page_is_the_holders[HOLDS] needs [GmemMmap, GmemInitShared];
@@ -42,18 +42,22 @@ gmemtest::suite! {
 
         /// Pages that were dirty and up to date are so after a split, and the folio is after the merge. A failure loses data:
         /// what is not up to date is zeroed.
-        split_and_merge_keep_the_flags[FOLIOS] needs [Guest, InPlaceConversion];
+        split_and_merge_keep_the_flags[FOLIOS] needs [Guest, InPlaceConversion, LazyAccept, SplitMappedFolio];
+
+        /// A part of a folio that the guest has mapped becomes shared, unless the mapping of the rest holds references to
+        /// the folio (policy pin-mapped): then the folio cannot be split, and only the whole of it is converted.
+        mapped_folio_is_split_unless_its_mapping_holds_it[FOLIOS] needs [Guest, InPlaceConversion, LazyAccept];
 
         /// A folio that is allocated for shared memory is base pages at once: the host maps and holds single pages.
         shared_memory_is_base_pages[FOLIOS] needs [InPlaceConversion];
 
         /// A private page is blocked, tracked, removed and written back, in this order, once each. A failure leaves
         /// translations, or dirty cache lines of the TD's key, for the next owner of the page.
-        unmap_makes_these_calls needs [Guest, ModuleInjection];
+        unmap_makes_these_calls needs [Guest, ModuleInjection, LazyAccept];
 
         /// A module that is busy once is asked again after a kick: the punch succeeds and the VM lives on. A failure bugs
         /// a VM for a lock that somebody else had for a moment.
-        busy_module_is_asked_again[LEAVES] needs [Guest, ModuleInjection];
+        busy_module_is_asked_again[LEAVES] needs [Guest, ModuleInjection, LazyAccept];
     }
 }
 
@@ -283,6 +287,18 @@ fn split_and_merge_keep_the_flags(cx: &Context, &size: &FolioSize) -> TestResult
     }
     vm.convert(7 * P, P, Side::Private)?;
     claim_flags(&vm, 9 * P, "merged")
+}
+
+fn mapped_folio_is_split_unless_its_mapping_holds_it(cx: &Context, &size: &FolioSize) -> TestResult {
+    let mut vm = InPlaceVm::of_folios(cx, size, size.bytes(), Side::Private)?;
+    vm.guest_write(0, Side::Private, 0x5EED)?;
+    let held = ConvertError { errno: Errno::EAGAIN, offset: Some(7 * P) };
+    let expected = if cx.has(Facility::SplitMappedFolio) { Ok(()) } else { Err(held) };
+    claim_eq!(vm.try_convert(7 * P, P, Side::Shared), expected, "a page of the folio becomes shared");
+    vm.claim_side(7 * P, if expected.is_ok() { Side::Shared } else { Side::Private })?;
+    vm.claim_guest(0, Side::Private, 0x5EED)?;
+    vm.convert(0, vm.len, Side::Shared)?;
+    vm.claim_side(0, Side::Shared)
 }
 
 fn shared_memory_is_base_pages(cx: &Context, &size: &FolioSize) -> TestResult {

@@ -14,23 +14,23 @@ gmemtest::suite! {
     pub static SUITE: truncation needs [Vm, Guest, GuestMemfd, PrivateMemory] {
         /// Exactly the pages of the hole are fresh; a TD's other pages stay accepted with their contents. A failure frees
         /// the memory beside a hole, or unmaps more than it has to.
-        hole_is_exact_to_the_guest[HOLES];
+        hole_is_exact_to_the_guest[HOLES] needs [LazyAccept];
 
         /// A hole in memory of both sides takes the file's pages of both, and leaves each page its side.
-        hole_spans_both_sides;
+        hole_spans_both_sides needs [LazyAccept];
 
         /// A page that is held by the host goes out of the file all the same, and its holder keeps what it had.
-        held_page_goes_out_of_the_file[HOLDS] needs [InPlaceConversion];
+        held_page_goes_out_of_the_file[HOLDS] needs [InPlaceConversion, LazyAccept];
 
         /// A part of a huge folio is zeroed and stays, the folio as a whole goes.
-        part_of_a_huge_folio_is_zeroed[PARTS] needs [InPlaceConversion, Cachestat];
+        part_of_a_huge_folio_is_zeroed[PARTS] needs [InPlaceConversion, Cachestat, LazyAccept];
 
         /// The host's mapping finds a fresh page after the hole, the same that the guest finds.
         host_and_guest_find_the_same_fresh_page needs [InPlaceConversion];
 
         /// Holes and conversions may race: no call fails, no access ends in anything but its data, zeroes, or the exit of
         /// the wrong side.
-        holes_and_conversions_may_race timeout 60;
+        holes_and_conversions_may_race needs [LazyAccept] timeout 60;
     }
 }
 

@@ -297,6 +297,9 @@ fn page_in_an_lru_batch_is_not_eagain(cx: &Context) -> TestResult {
 
 fn racing_conversions_are_ok_eagain_or_enomem(cx: &Context, &rival: &Rival) -> TestResult {
     const ROUNDS: u32 = 200;
+    if rival == Rival::Guest {
+        cx.require(Facility::LazyAccept)?;
+    }
     let mut td = PrivateTd::new(cx, Size::Base, 4)?;
     let len = td.len();
     let file = claim_ok!(td.file.clone().ok_or("closed"));

@@ -4,13 +4,14 @@ mod support;
 
 use gmemtest::harness::Outcome;
 use gmemtest::report::Document;
-use support::{code, fixture, output, record, stderr, stdout};
+use support::{code, fixture, output, record, sequential, stderr, stdout};
 
 /// Runs the fixture with a kernel log of its own.
 fn judged(arguments: &[&str]) -> (Document, i32) {
     let directory = tempfile::tempdir().expect("a directory");
     let mut command = fixture();
-    command.env("FIXTURE_LOG", directory.path().join("log")).args(arguments).args(["--format", "json"]);
+    command.env("FIXTURE_LOG", directory.path().join("log")).args(arguments).args(sequential(arguments));
+    command.args(["--format", "json"]);
     let output = output(&mut command);
     let document = Document::parse(&stdout(&output)).unwrap_or_else(|error| panic!("{error}\n{}", stderr(&output)));
     (document, code(&output))

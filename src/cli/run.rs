@@ -19,7 +19,7 @@ use crate::harness::plan::Plan;
 use crate::harness::runner::{self, OnFailure, Options, Rounds};
 use crate::harness::select::Pattern;
 use crate::harness::{Seed, Stop, Suite};
-use crate::machine::{MachineSpec, SkipKind};
+use crate::machine::{Family, MachineSpec, SkipKind};
 use crate::observe::Environment;
 use crate::report::{Json, Junit, Ktap, Pretty, Screen};
 use crate::rig::{EventWriter, Rest};
@@ -45,9 +45,10 @@ pub(super) struct RunArguments {
     /// File for the results; standard output then shows them as text.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Most tests at a time.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    jobs: u16,
+    /// Most tests at a time (default: one for each CPU where every machine is simulated; otherwise, and in the rig, one, so
+    /// that what a kernel complains of is one test's doing).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: Option<u16>,
     /// Time limit of a test, in seconds or with a unit; a test that states its own keeps that.
     #[arg(long, value_name = "SECS", default_value = "120", value_parser = values::duration)]
     timeout: Duration,
@@ -118,6 +119,7 @@ pub(super) fn run(
         &patterns(&arguments.patterns),
         &patterns(&arguments.exclude),
     )?;
+    let jobs = arguments.jobs_for(&plan.machines);
     let mut reporters = arguments.reporters()?;
     let (journal, seed) = arguments.open_journal()?;
     let info = RunInfo {
@@ -126,12 +128,12 @@ pub(super) fn run(
         seed,
         shuffle: arguments.shuffle.map(|order| order.unwrap_or(seed)),
         rounds: arguments.rounds(),
-        jobs: usize::from(arguments.jobs),
+        jobs,
         started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         environment: Environment::read(),
     };
     let mut options = Options {
-        jobs: usize::from(arguments.jobs),
+        jobs,
         timeout: arguments.timeout,
         on_failure: if arguments.until_fail { OnFailure::Stop } else { OnFailure::GoOn },
         strict: arguments.strict_kinds()?,
@@ -187,7 +189,7 @@ impl RunArguments {
         self.strict_kinds()?;
         let seed = self.seed.map_or_else(Seed::fresh, Ok).map_err(|error| format!("cannot make a seed: {error}"))?;
         let mut words: Vec<String> = vec!["run".into(), "--format=events".into(), format!("--seed={seed}")];
-        words.push(format!("--jobs={}", self.jobs));
+        words.extend(self.jobs.map(|jobs| format!("--jobs={jobs}")));
         words.push(format!("--timeout={}s", self.timeout.as_secs_f64()));
         words.extend(self.repeat.map(|count| format!("--repeat={count}")));
         words.extend(self.duration.map(|time| format!("--duration={}s", time.as_secs_f64())));
@@ -212,6 +214,19 @@ impl RunArguments {
             (None, Some(duration)) => Rounds::For(duration),
             (None, None) if self.until_fail => Rounds::For(Duration::MAX),
             (None, None) => Rounds::Count(1),
+        }
+    }
+
+    fn jobs_for(&self, machines: &[MachineSpec]) -> usize {
+        match self.jobs {
+            Some(jobs) => jobs.into(),
+            // Events are written in the rig, where the kernel is on trial whatever the machine.
+            None if self.format != Some(Format::Events)
+                && machines.iter().all(|machine| machine.family == Family::Sim) =>
+            {
+                std::thread::available_parallelism().map_or(1, usize::from)
+            }
+            None => 1,
         }
     }
 

@@ -73,7 +73,7 @@ impl Facilities {
     /// The answer for one facility.
     pub(super) fn availability(&self, facility: Facility) -> Availability {
         match facility {
-            Facility::RealFiles | Facility::LazyAccept => Availability::present(),
+            Facility::RealFiles | Facility::LazyAccept | Facility::SplitMappedFolio => Availability::present(),
             Facility::Vm => self.vm(),
             Facility::Guest => self.guest(),
             Facility::PrivateMemory => self.private_memory(),

@@ -156,6 +156,8 @@ facilities! {
     Tdx = "tdx",
     /// The guest takes private memory into use by touching it: nothing has to be accepted, or the payload accepts at a #VE.
     LazyAccept = "lazy-accept",
+    /// A folio that a guest has mapped can be split: the mapping of its other pages holds no reference to it.
+    SplitMappedFolio = "split-mapped-folio",
     /// Handles are file descriptors of the running kernel: dup, fork, exec, SCM_RIGHTS mean something.
     RealFiles = "real-files",
     /// cachestat(2), CONFIG_CACHESTAT_SYSCALL, 6.5.

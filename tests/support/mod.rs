@@ -39,9 +39,14 @@ pub fn code(output: &Output) -> i32 {
     output.status.code().expect("the binary under test exits by itself")
 }
 
-/// Runs the fixture with `--format json` and reads what it says.
+/// What makes a run go one test at a time, unless the arguments say how many.
+pub fn sequential(arguments: &[&str]) -> &'static [&'static str] {
+    if arguments.contains(&"--jobs") { &[] } else { &["--jobs", "1"] }
+}
+
+/// Runs the fixture with `--format json`, one test at a time unless the arguments say otherwise, and reads what it says.
 pub fn document(arguments: &[&str]) -> (Document, i32) {
-    let output = output(fixture().args(arguments).args(["--format", "json"]));
+    let output = output(fixture().args(arguments).args(sequential(arguments)).args(["--format", "json"]));
     let document = Document::parse(&stdout(&output)).unwrap_or_else(|error| panic!("{error}\n{}", stderr(&output)));
     (document, code(&output))
 }

@@ -1,6 +1,7 @@
 //! What the model has.
 
 use super::super::mmu::capabilities::capability;
+use super::super::policy::PolicyKind;
 use super::super::profile::{FrameModel, Kernel, PendingAccess, Profile};
 use crate::machine::{Availability, Facility, SkipKind, VmType};
 use crate::uapi::kvm::KVM_CAP_GUEST_MEMFD;
@@ -41,6 +42,13 @@ pub(super) fn of(profile: &Profile, vm_type: VmType, facility: Facility) -> Avai
                 SkipKind::Declined,
                 "pending=exit: the VM dies of a guest's access to a page that it has not accepted",
                 "pending=accept",
+            )
+        }
+        Facility::SplitMappedFolio if vm_type == VmType::Tdx && profile.policy == PolicyKind::PinMapped => {
+            Availability::absent(
+                SkipKind::Declined,
+                "policy=pin-mapped: a TD's mapping of the other pages holds references to the folio, which keep it whole",
+                "another policy",
             )
         }
         // Flags are a struct page's, and get_user_pages() refuses memory that has none, for a hold and for MADV_HWPOISON alike.
