@@ -55,6 +55,10 @@ fn what_cannot_be_carried_out_is_one_line_and_exit_2() {
             "gmemtest: invalid value 'soon' for '--duration <TIME>': expected a time above zero and below 30 years: seconds, or a number with s, m, h or d, such as 90, 30m or 1.5h; try --help",
         ),
         (
+            &["vm", "--shell", "--kernel", "bzImage"],
+            "gmemtest: --shell: standard input is no terminal; to run a command without one leave --shell out and name it: gmemtest vm --kernel FILE -- probe",
+        ),
+        (
             &["run", "--resume"],
             "gmemtest: the following required arguments were not provided: --journal <DIR>; try --help",
         ),

@@ -1,7 +1,7 @@
 //! `gmemtest vm`: boots a kernel under QEMU and runs a command of this program in it.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -118,6 +118,10 @@ enum Errand {
 
 /// Boots and runs.
 pub(super) fn vm(arguments: &VmArguments, suites: &[&'static Suite], machines: &Machines) -> Result<ExitCode, Failure> {
+    if arguments.shell && !std::io::stdin().is_terminal() {
+        let instead = "to run a command without one leave --shell out and name it: gmemtest vm --kernel FILE -- probe";
+        return Err(format!("--shell: standard input is no terminal; {instead}").into());
+    }
     let words = if arguments.command.is_empty() { vec!["run".to_owned()] } else { arguments.command.clone() };
     let errand = errand(&words, suites, machines)?;
     let image = BootImage::read(&arguments.kernel).map_err(|error| error.to_string())?;
