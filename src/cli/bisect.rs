@@ -260,7 +260,16 @@ impl BisectArguments {
             },
             Found::FirstIsNotGood(is) => Ended {
                 bad: judged(0),
-                ..end(format!("the first kernel, {}, ought to be good: {}", title(0), is.word()))
+                ..end(format!(
+                    "the first kernel, {}, ought to be good: {}{}",
+                    title(0),
+                    is.word(),
+                    if is == bisect::Verdict::Bad {
+                        "; where a failure went away, name the newest kernel first"
+                    } else {
+                        ""
+                    }
+                ))
             },
             Found::LastIsNotBad(is) => {
                 let last = images.len() - 1;
@@ -370,6 +379,9 @@ fn told(judged: &Judged) -> String {
     )
 }
 
+/// Failures that are shown of a kernel.
+const SHOWN: usize = 10;
+
 impl Ended {
     fn show(&self, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "{}", self.conclusion)?;
@@ -379,7 +391,7 @@ impl Ended {
         for (title, judged) in [("last good", &self.last_good), ("bad", &self.bad)] {
             let Some(judged) = judged else { continue };
             writeln!(out, "\n{title}: {}\n  {}", judged.subject, told(judged))?;
-            for record in &judged.evidence.failures {
+            for record in judged.evidence.failures.iter().take(SHOWN) {
                 writeln!(out, "  {}  {}  [{}]", record.outcome, record.name, record.machine)?;
                 for line in record.message.iter().flat_map(|message| message.lines()) {
                     writeln!(out, "      {line}")?;
@@ -387,6 +399,10 @@ impl Ended {
                 for line in &record.kernel_log {
                     writeln!(out, "      kernel: {line}")?;
                 }
+            }
+            match judged.evidence.failures.len().saturating_sub(SHOWN) {
+                0 => {}
+                more => writeln!(out, "  and {more} more, which the log has")?,
             }
             for line in &judged.evidence.tail {
                 writeln!(out, "  | {line}")?;

@@ -143,7 +143,7 @@ fn explain(record: &mut Record, expected: Option<&KnownIssue>) {
             record.known_issue = Some(issue.id.clone());
             record.notes.push(format!("known issue {}: {}; fixed by: {}", issue.id, issue.symptom, issue.fix));
         }
-        Outcome::Pass => {
+        Outcome::Pass if !issue.shows_sometimes() => {
             record.known_issue = Some(issue.id.clone());
             record.notes.push(format!("passes, although known issue {} says that it fails on this kernel", issue.id));
         }
@@ -203,6 +203,23 @@ mod tests {
         assert_eq!(judged(End::Exited(0), verdict(Verdict::Pass), complain).outcome, Outcome::Tainted);
         let fail = Verdict::Fail { message: "m".to_owned(), location: "l".to_owned() };
         assert_eq!(judged(End::Exited(0), verdict(fail), complain).outcome, Outcome::Fail);
+    }
+
+    #[test]
+    fn a_pass_is_noted_unless_the_issue_shows_only_sometimes() {
+        for (sometimes, notes) in [("", 1), ("sometimes = true", 0)] {
+            let table = format!(
+                "[[issue]]\nid = \"x\"\nsince = \"6.8\"\nsymptom = \"s\"\nfix = \"f\"\ntests = [\"a::*\"]\nmachines = [\"kvm:*\"]\n{sometimes}"
+            );
+            let known = KnownIssues::parse(&table).unwrap();
+            let machine = "kvm:default".parse().unwrap();
+            let mut record = Record::new("a::b", "kvm:default", 0, "0x1".to_owned());
+            let messages = [vec![Message::Begin { release: "7.3".to_owned() }], verdict(Verdict::Pass)].concat();
+            let end = End::Exited(0);
+            let evidence = Evidence { end, timed_out: None, messages, known: &known, machine: &machine, strict: &[] };
+            judge(&mut record, evidence);
+            assert_eq!((record.outcome, record.notes.len()), (Outcome::Pass, notes), "{sometimes}");
+        }
     }
 
     #[test]

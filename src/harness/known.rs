@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use super::select::matches_glob;
 use crate::machine::{MachineSpec, Release};
+use crate::observe::emulated_by_tcg;
 
 /// A kernel bug.
 #[derive(Debug, Clone, Deserialize)]
@@ -25,6 +26,10 @@ pub struct KnownIssue {
     machines: Vec<String>,
     #[serde(default)]
     shows: Option<String>,
+    #[serde(default)]
+    sometimes: bool,
+    #[serde(default)]
+    emulated: bool,
 }
 
 /// Every known issue.
@@ -35,12 +40,16 @@ pub struct KnownIssues {
 }
 
 impl KnownIssues {
-    /// The table that this program was built with.
+    /// The table that this program was built with, without what only happens under QEMU's TCG where this is none.
     ///
     /// # Errors
     /// One line when the table cannot be read; a test of this module makes sure that it can.
     pub fn embedded() -> Result<KnownIssues, String> {
-        KnownIssues::parse(include_str!("known_issues.toml"))
+        let mut table = KnownIssues::parse(include_str!("known_issues.toml"))?;
+        if !emulated_by_tcg() {
+            table.issue.retain(|issue| !issue.emulated);
+        }
+        Ok(table)
     }
 
     /// Reads a table.
@@ -73,6 +82,11 @@ impl KnownIssue {
         let series = |release: Release| (release.major, release.minor);
         let backported = self.backported.iter().any(|&with| series(with) == series(release) && with <= release);
         self.since <= release && self.fixed.is_none_or(|fixed| release < fixed) && !backported
+    }
+
+    /// Whether a pass is as likely, and nothing to be noted.
+    pub fn shows_sometimes(&self) -> bool {
+        self.sometimes
     }
 
     /// Whether it explains a failure with that message.

@@ -1,6 +1,7 @@
 //! What the kernel complained about while tests ran: its log and its taint, looked at whenever a test starts or ends.
 
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use crate::observe::{KernelLog, Taint, complaints};
 
@@ -12,7 +13,13 @@ use crate::observe::{KernelLog, Taint, complaints};
 pub struct Watch {
     log: Option<KernelLog>,
     taint: Taint,
+    /// When the log last had a complaint.
+    complained: Option<Instant>,
 }
+
+/// A kernel taints itself at the end of its report, which a slow console draws out: for so long the taint may be that of a
+/// complaint which was seen.
+const REPORT: Duration = Duration::from_secs(5);
 
 impl Watch {
     /// Starts now. The remarks say what cannot be watched, and whether the kernel is damaged already.
@@ -30,12 +37,12 @@ impl Watch {
         if !taint.damage().is_clean() {
             remarks.push(format!("the kernel is tainted from before this run: {}", taint.damage()));
         }
-        (Watch { log, taint }, remarks)
+        (Watch { log, taint, complained: None }, remarks)
     }
 
     /// A watch on `log`, and on the taint of the running kernel.
     pub fn over(log: KernelLog) -> Watch {
-        Watch { log: Some(log), taint: Taint::now().unwrap_or_default() }
+        Watch { log: Some(log), taint: Taint::now().unwrap_or_default(), complained: None }
     }
 
     /// A descriptor that polls readable when there is something to look at.
@@ -46,13 +53,47 @@ impl Watch {
     /// The complaints since the last look.
     pub fn look(&mut self) -> Vec<String> {
         let mut found = self.log.as_mut().map(|log| complaints(&log.read())).unwrap_or_default();
+        if !found.is_empty() {
+            self.complained = Some(Instant::now());
+        }
         if let Ok(now) = Taint::now() {
-            let new = now.since(self.taint).damage();
-            if !new.is_clean() {
-                found.push(format!("new taint: {new}"));
-            }
-            self.taint = now;
+            found.extend(self.tainted(now, found.is_empty()));
         }
         found
+    }
+
+    /// What there is to say of the taint `now`: nothing, where the complaint that it comes with was told before.
+    fn tainted(&mut self, now: Taint, alone: bool) -> Option<String> {
+        let new = now.since(self.taint).damage();
+        self.taint = now;
+        if new.is_clean() {
+            return None;
+        }
+        let told = self.complained.take().is_some_and(|at| at.elapsed() < REPORT);
+        (!(alone && told)).then(|| format!("new taint: {new}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WARNED: Taint = Taint(1 << 9);
+    const DIED: Taint = Taint(1 << 9 | 1 << 7);
+
+    #[test]
+    fn a_taint_after_its_complaint_was_told_is_not_told_again() {
+        let mut watch = Watch { log: None, taint: Taint(0), complained: Some(Instant::now()) };
+        assert_eq!(watch.tainted(WARNED, true), None);
+        assert!(watch.tainted(DIED, true).is_some(), "another one, for which nothing was seen");
+    }
+
+    #[test]
+    fn a_taint_without_a_complaint_is_told_and_so_is_one_that_comes_with_its_own() {
+        let mut watch = Watch { log: None, taint: Taint(0), complained: None };
+        assert!(watch.tainted(WARNED, true).is_some());
+        assert_eq!(watch.tainted(WARNED, true), None, "once");
+        let mut watch = Watch { log: None, taint: Taint(0), complained: Some(Instant::now()) };
+        assert!(watch.tainted(WARNED, false).is_some());
     }
 }

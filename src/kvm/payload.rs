@@ -4,6 +4,7 @@ use super::ioctl;
 use crate::guest::boot::{LongModeState, Segment};
 use crate::guest::{BootParameter, InitialState, Mailbox, image, layout};
 use crate::machine::Errno;
+use crate::observe::emulated_by_tcg;
 use crate::uapi::bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
     kvm_userspace_memory_region,
@@ -93,7 +94,7 @@ impl Payload {
         let set = || {
             let mut sregs = vcpu.get_sregs()?;
             fill_sregs(&mut sregs, &state);
-            let long_mode = nested_paging_needs_paging().then(|| LongModeState::after(&state));
+            let long_mode = emulated_by_tcg().then(|| LongModeState::after(&state));
             if let Some(long_mode) = &long_mode {
                 self.enter_long_mode(&mut sregs, long_mode)?;
             }
@@ -129,16 +130,6 @@ impl Payload {
         sregs.efer = state.efer;
         Ok(())
     }
-}
-
-/// Whether this machine's processor is QEMU's TCG, whose nested paging is off while the guest's paging is.
-fn nested_paging_needs_paging() -> bool {
-    const HYPERVISOR_PRESENT: u32 = 1 << 31;
-    if __cpuid(1).ecx & HYPERVISOR_PRESENT == 0 {
-        return false;
-    }
-    let vendor = __cpuid(0x4000_0000);
-    [vendor.ebx, vendor.ecx, vendor.edx].map(u32::to_le_bytes) == [*b"TCGT", *b"CGTC", *b"GTCG"]
 }
 
 /// Which hypercall instruction the CPU has: KVM does not patch VMCALL into VMMCALL where it may not write to the code.

@@ -2,8 +2,10 @@
 
 mod environment;
 mod kernel_log;
+mod processor;
 mod taint;
 
 pub use environment::{Environment, KernelConfig, ModuleParameters};
 pub use kernel_log::{KernelLog, complaints, is_complaint};
+pub use processor::emulated_by_tcg;
 pub use taint::{Taint, TaintFlag};
