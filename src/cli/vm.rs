@@ -24,6 +24,9 @@ const TAIL: usize = 25;
 /// Memory that a kernel needs to take the simulated TDX module into operation: TDMRs are whole gibibytes.
 const TDX_MEMORY_MIB: u64 = 2048;
 
+/// Packages that the module has a bit for.
+const MOST_PACKAGES: u32 = 64;
+
 /// The flags of `vm`.
 #[derive(Debug, Args)]
 pub(super) struct VmArguments {
@@ -99,6 +102,13 @@ impl BootArguments {
             return Err(format!(
                 "--memory: the simulated TDX module needs at least 2G, to find room for its tables; {}M is too little",
                 self.memory
+            )
+            .into());
+        }
+        if self.simulated_tdx && self.cpus > MOST_PACKAGES {
+            return Err(format!(
+                "--cpus: the simulated TDX module knows {MOST_PACKAGES} packages, and each CPU is one; {} are too many",
+                self.cpus
             )
             .into());
         }

@@ -59,7 +59,9 @@ impl Hardware {
         let backend = if self.accel == Accel::SimulatedTdx { ",memory-backend=ram" } else { "" };
         arguments.extend(["-machine".into(), format!("q35,sata=off,smbus=off,vmport=off{backend}").into()]);
         arguments.extend(self.accel.arguments().map(Into::into));
-        arguments.extend(["-smp".into(), self.cpus.to_string().into(), "-m".into()]);
+        // Each on a socket of its own: the kernel has a fake NUMA node for each, and on Intel processors warns of threads of
+        // one package on two nodes (topology_sane()).
+        arguments.extend(["-smp".into(), format!("{0},sockets={0}", self.cpus).into(), "-m".into()]);
         arguments.push(format!("{}M", self.memory_mib).into());
         arguments.extend(["-kernel".into(), kernel.into(), "-initrd".into(), initrd.into(), "-append".into()]);
         let words = [Some(KERNEL_LINE.to_owned()), self.accel.kernel_line(), Some(self.append.clone())];

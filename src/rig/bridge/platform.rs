@@ -6,7 +6,7 @@ use crate::sim::tdx_module::Platform;
 /// CPUID(1).EAX of the CPU: family 6, model 173, stepping 1.
 const CPUID_1_EAX: u32 = 0x000A_06D1;
 
-/// The platform of a machine with this many CPUs, all of one package.
+/// The platform of a machine with this many CPUs, each a package of its own.
 pub fn platform(cpus: u32, ram: &Ram) -> Platform {
     Platform {
         cmrs: ram.convertible(),
@@ -14,6 +14,6 @@ pub fn platform(cpus: u32, ram: &Ram) -> Platform {
         address_bits: 58,
         keyid_bits: 6,
         cpuid_1_eax: CPUID_1_EAX,
-        ..Platform::new(cpus, 1 << 30)
+        ..Platform::with_packages((0..cpus).map(|cpu| cpu as u8).collect(), 1 << 30)
     }
 }

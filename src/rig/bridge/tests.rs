@@ -132,6 +132,13 @@ impl Kernel {
         regs
     }
 
+    #[track_caller]
+    fn on_every_package(&mut self, leaf: Leaf, registers: &[(Reg, u64)]) {
+        for cpu in 0..CPUS {
+            assert_eq!(self.call(cpu, leaf, registers).rax, 0, "{} on CPU {cpu}", leaf.name());
+        }
+    }
+
     fn page(&mut self) -> u64 {
         self.next_page += PAGE;
         self.next_page - PAGE
@@ -140,9 +147,7 @@ impl Kernel {
     fn bring_up(&mut self) {
         self.hello(MAILBOXES, CPUS);
         self.must(Leaf::SysInit, &[]);
-        for cpu in 0..CPUS {
-            assert_eq!(self.call(cpu, Leaf::SysLpInit, &[]).rax, 0);
-        }
+        self.on_every_package(Leaf::SysLpInit, &[]);
         let (list, info) = (0x30_0000, 0x30_1000);
         self.set(list, info);
         let areas = [(PAMT, PAGE), (PAMT + PAGE, 4 * PAGE), (PAMT + 8 * PAGE, (RAM / PAGE) * 16)];
@@ -152,7 +157,7 @@ impl Kernel {
             self.set(info + 8 * n as u64, word);
         }
         self.must(Leaf::SysConfig, &[(Reg::Rcx, list), (Reg::Rdx, 1), (Reg::R8, 32)]);
-        self.must(Leaf::SysKeyConfig, &[]);
+        self.on_every_package(Leaf::SysKeyConfig, &[]);
         while self.must(Leaf::SysTdmrInit, &[(Reg::Rcx, 0)]).rdx < RAM {}
     }
 
@@ -161,7 +166,7 @@ impl Kernel {
         let tdr = self.page();
         self.tdr = tdr;
         self.must(Leaf::MngCreate, &[(Reg::Rcx, tdr), (Reg::Rdx, 33)]);
-        self.must(Leaf::MngKeyConfig, &[(Reg::Rcx, tdr)]);
+        self.on_every_package(Leaf::MngKeyConfig, &[(Reg::Rcx, tdr)]);
         for _ in 0..TDCS_PAGES {
             let page = self.page();
             self.must(Leaf::MngAddcx, &[(Reg::Rcx, page), (Reg::Rdx, tdr)]);
