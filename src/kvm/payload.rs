@@ -94,6 +94,7 @@ impl Payload {
         let set = || {
             let mut sregs = vcpu.get_sregs()?;
             fill_sregs(&mut sregs, &state);
+            // TCG's nested paging is off while the guest's paging is: there the guest starts with it on.
             let long_mode = emulated_by_tcg().then(|| LongModeState::after(&state));
             if let Some(long_mode) = &long_mode {
                 self.enter_long_mode(&mut sregs, long_mode)?;
