@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use crate::observe::{KernelLog, Taint, complaints};
+use crate::observe::{KernelLog, Taint, TaintFile, complaints};
 
 /// A watch on the running kernel.
 ///
@@ -12,6 +12,7 @@ use crate::observe::{KernelLog, Taint, complaints};
 #[derive(Debug)]
 pub struct Watch {
     log: Option<KernelLog>,
+    taint_file: Option<TaintFile>,
     taint: Taint,
     /// When the log last had a complaint.
     complained: Option<Instant>,
@@ -37,12 +38,17 @@ impl Watch {
         if !taint.damage().is_clean() {
             remarks.push(format!("the kernel is tainted from before this run: {}", taint.damage()));
         }
-        (Watch { log, taint, complained: None }, remarks)
+        (Watch { log, taint_file: TaintFile::open().ok(), taint, complained: None }, remarks)
     }
 
     /// A watch on `log`, and on the taint of the running kernel.
     pub fn over(log: KernelLog) -> Watch {
-        Watch { log: Some(log), taint: Taint::now().unwrap_or_default(), complained: None }
+        Watch { taint: Taint::now().unwrap_or_default(), taint_file: TaintFile::open().ok(), ..Watch::blind(Some(log)) }
+    }
+
+    /// A watch that sees no taint.
+    fn blind(log: Option<KernelLog>) -> Watch {
+        Watch { log, taint_file: None, taint: Taint::default(), complained: None }
     }
 
     /// A descriptor that polls readable when there is something to look at.
@@ -56,7 +62,7 @@ impl Watch {
         if !found.is_empty() {
             self.complained = Some(Instant::now());
         }
-        if let Ok(now) = Taint::now() {
+        if let Some(Ok(now)) = self.taint_file.as_ref().map(TaintFile::now) {
             found.extend(self.tainted(now, found.is_empty()));
         }
         found
@@ -83,17 +89,17 @@ mod tests {
 
     #[test]
     fn a_taint_after_its_complaint_was_told_is_not_told_again() {
-        let mut watch = Watch { log: None, taint: Taint(0), complained: Some(Instant::now()) };
+        let mut watch = Watch { complained: Some(Instant::now()), ..Watch::blind(None) };
         assert_eq!(watch.tainted(WARNED, true), None);
         assert!(watch.tainted(DIED, true).is_some(), "another one, for which nothing was seen");
     }
 
     #[test]
     fn a_taint_without_a_complaint_is_told_and_so_is_one_that_comes_with_its_own() {
-        let mut watch = Watch { log: None, taint: Taint(0), complained: None };
+        let mut watch = Watch::blind(None);
         assert!(watch.tainted(WARNED, true).is_some());
         assert_eq!(watch.tainted(WARNED, true), None, "once");
-        let mut watch = Watch { log: None, taint: Taint(0), complained: Some(Instant::now()) };
+        let mut watch = Watch { complained: Some(Instant::now()), ..Watch::blind(None) };
         assert!(watch.tainted(WARNED, false).is_some());
     }
 }

@@ -8,4 +8,4 @@ mod taint;
 pub use environment::{Environment, KernelConfig, ModuleParameters};
 pub use kernel_log::{KernelLog, complaints, is_complaint};
 pub use processor::emulated_by_tcg;
-pub use taint::{Taint, TaintFlag};
+pub use taint::{Taint, TaintFile, TaintFlag};

@@ -1,7 +1,9 @@
 //! The taint of the running kernel, `/proc/sys/kernel/tainted`.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 
 /// The bits of `/proc/sys/kernel/tainted`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -45,14 +47,38 @@ const FLAGS: &[(char, &str)] = &[
 /// Bits that say that the kernel is damaged, so that further results of this boot mean little: M, B, D, W, L.
 const DAMAGE: u64 = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 9 | 1 << 14;
 
+/// `/proc/sys/kernel/tainted`, to be read often.
+#[derive(Debug)]
+pub struct TaintFile(File);
+
+impl TaintFile {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// What open(2) returns.
+    pub fn open() -> io::Result<TaintFile> {
+        File::open("/proc/sys/kernel/tainted").map(TaintFile)
+    }
+
+    /// The taint now.
+    ///
+    /// # Errors
+    /// What pread(2) returns, and `InvalidData` when there is no number.
+    pub fn now(&self) -> io::Result<Taint> {
+        let mut buffer = [0; 32];
+        let count = self.0.read_at(&mut buffer, 0)?;
+        let number = std::str::from_utf8(&buffer[..count]).ok().and_then(|text| text.trim().parse().ok());
+        number.map(Taint).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+}
+
 impl Taint {
     /// The taint now.
     ///
     /// # Errors
     /// What reading the file gives, and `InvalidData` when it is not a number.
     pub fn now() -> io::Result<Taint> {
-        let text = std::fs::read_to_string("/proc/sys/kernel/tainted")?;
-        text.trim().parse().map(Taint).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+        TaintFile::open()?.now()
     }
 
     /// The bits that are set here and were not set in `earlier`.

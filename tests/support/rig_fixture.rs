@@ -10,7 +10,7 @@ use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, ExitCode};
 
-use gmemtest::harness::{Context, Stop, TestResult};
+use gmemtest::harness::{Context, OneCpu, Stop, TestResult};
 use gmemtest::machine::SkipKind;
 use gmemtest::rig::task::{Duty, TASK_PATH, Task};
 use gmemtest::rig::wire::{CommandEnd, Frame, Hello};
@@ -72,9 +72,14 @@ fn kernel_panics(_: &Context) -> TestResult {
 
 fn kernel_hangs(_: &Context) -> TestResult {
     in_the_rig()?;
-    for cpu in 0.. {
-        let path = format!("/dev/cpu/{cpu}/msr");
-        let Ok(msr) = OpenOptions::new().read(true).write(true).open(path) else { break };
+    let _stays = OneCpu::stay();
+    let own = nix::sched::sched_getcpu().map_err(|errno| Stop::fail(format!("sched_getcpu(2): {errno}")))?;
+    let path = |cpu: usize| format!("/dev/cpu/{cpu}/msr");
+    let others = (0..).take_while(|&cpu| fs::exists(path(cpu)).is_ok_and(|is| is)).filter(|&cpu| cpu != own);
+    // Its own is the last: the others are reached by interrupts, which its local APIC sends.
+    for cpu in others.chain([own]) {
+        let open = OpenOptions::new().read(true).write(true).open(path(cpu));
+        let msr = open.map_err(|error| Stop::fail(format!("MSRs of CPU {cpu}: {error}")))?;
         let mut value = [0; 8];
         let done = msr
             .read_exact_at(&mut value, APIC_BASE)
