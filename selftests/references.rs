@@ -45,7 +45,8 @@ gmemtest::suite! {
         split_and_merge_keep_the_flags[FOLIOS] needs [Guest, InPlaceConversion, LazyAccept, SplitMappedFolio];
 
         /// A part of a folio that the guest has mapped becomes shared, unless the mapping of the rest holds references to
-        /// the folio (policy pin-mapped): then the folio cannot be split, and only the whole of it is converted.
+        /// the folio (policy pin-mapped): then the folio cannot be split, and only the whole of it is
+        /// converted. EAGAIN is the model's end of a wait that the posted series does not end (spinning on the folio).
         mapped_folio_is_split_unless_its_mapping_holds_it[FOLIOS] needs [Guest, InPlaceConversion, LazyAccept];
 
         /// A folio that is allocated for shared memory is base pages at once: the host maps and holds single pages.

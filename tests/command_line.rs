@@ -220,6 +220,17 @@ fn an_interrupted_run_is_taken_up_from_its_journal() {
 }
 
 #[test]
+fn simulated_machines_get_a_test_a_cpu_and_others_one_at_a_time() {
+    let cpus = std::thread::available_parallelism().expect("a number of CPUs").get();
+    for (machines, jobs) in [(&["sim:default"][..], cpus), (&["sim:default", "kvm:default"], 1)] {
+        let machines = machines.iter().flat_map(|machine| ["--machine", machine]);
+        let output = output(fixture().arg("good").args(machines).args(["--format", "json"]));
+        let document = gmemtest::report::Document::parse(&stdout(&output)).expect("a document");
+        assert_eq!(document.jobs, jobs);
+    }
+}
+
+#[test]
 fn what_had_only_started_when_the_machine_went_down_is_a_crash() {
     let directory = tempfile::tempdir().expect("a directory");
     let journal = directory.path().to_str().expect("a path that is text").to_owned();

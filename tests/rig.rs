@@ -263,6 +263,7 @@ fn what_cannot_be_booted_is_one_line_and_exit_2() {
             &["--kernel", image, "--simulated-tdx", "--memory", "1G"],
             "--memory: the simulated TDX module needs at least 2G",
         ),
+        (&["--kernel", image, "--simulated-tdx", "--cpus", "65"], "--cpus: the simulated TDX module knows 64 packages"),
         (&["--kernel", image, "--modules", text], "is not a directory"),
         (&["--kernel", image, "--console", "/nonexistent/c"], "--console /nonexistent/c: cannot be written"),
         (&["--kernel", image, "--", "vm", "--kernel", image], "vm: runs on the host"),

@@ -379,9 +379,6 @@ fn told(judged: &Judged) -> String {
     )
 }
 
-/// Failures that are shown of a kernel.
-const SHOWN: usize = 10;
-
 impl Ended {
     fn show(&self, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "{}", self.conclusion)?;
@@ -391,7 +388,7 @@ impl Ended {
         for (title, judged) in [("last good", &self.last_good), ("bad", &self.bad)] {
             let Some(judged) = judged else { continue };
             writeln!(out, "\n{title}: {}\n  {}", judged.subject, told(judged))?;
-            for record in judged.evidence.failures.iter().take(SHOWN) {
+            for record in &judged.evidence.failures {
                 writeln!(out, "  {}  {}  [{}]", record.outcome, record.name, record.machine)?;
                 for line in record.message.iter().flat_map(|message| message.lines()) {
                     writeln!(out, "      {line}")?;
@@ -400,9 +397,9 @@ impl Ended {
                     writeln!(out, "      kernel: {line}")?;
                 }
             }
-            match judged.evidence.failures.len().saturating_sub(SHOWN) {
+            match judged.evidence.failures_left_out() {
                 0 => {}
-                more => writeln!(out, "  and {more} more, which the log has")?,
+                more => writeln!(out, "  and {more} more that failed")?,
             }
             for line in &judged.evidence.tail {
                 writeln!(out, "  | {line}")?;

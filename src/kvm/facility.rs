@@ -73,12 +73,13 @@ impl Facilities {
     /// The answer for one facility.
     pub(super) fn availability(&self, facility: Facility) -> Availability {
         match facility {
-            Facility::RealFiles | Facility::LazyAccept | Facility::SplitMappedFolio => Availability::present(),
+            Facility::RealFiles | Facility::LazyAccept => Availability::present(),
             Facility::Vm => self.vm(),
             Facility::Guest => self.guest(),
             Facility::PrivateMemory => self.private_memory(),
             Facility::Tdx => self.tdx(),
-            Facility::InPlaceConversion => self.in_place_conversion(),
+            // Nothing splits a folio of guest_memfd but a conversion in place.
+            Facility::InPlaceConversion | Facility::SplitMappedFolio => self.in_place_conversion(),
             Facility::GuestMemfd => self.capability(&GUEST_MEMFD),
             Facility::GmemMmap => self.capability(&GMEM_MMAP),
             Facility::GmemInitShared => self.init_shared(),

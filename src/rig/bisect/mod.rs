@@ -30,7 +30,7 @@ use crate::harness::exit::{ExitStyle, FAILED, GOOD, Stopped};
 use crate::harness::{Record, Summary};
 
 /// Failed results that are kept as evidence of one kernel.
-const KEPT: usize = 20;
+const KEPT: usize = 10;
 /// Runs without a verdict in a row after which a kernel cannot be judged.
 const UNTOLD: u32 = 2;
 
@@ -85,6 +85,12 @@ impl Trial {
             failures: failures.collect(),
             tail: Vec::new(),
         }
+    }
+
+    /// How many results count as failures besides those that are kept.
+    pub fn failures_left_out(&self) -> u64 {
+        let failed = self.summary.as_ref().map_or(0, Summary::failures);
+        failed.saturating_sub(self.failures.len() as u64)
     }
 
     /// What the run says by itself: as the exit code of `run --exit-style bisect`.
