@@ -44,6 +44,16 @@ fn a_complaint_belongs_to_every_test_that_ran_then_and_says_so() {
 }
 
 #[test]
+fn a_complaint_that_names_a_task_belongs_to_its_test() {
+    let (document, _) = judged(&["judged::takes_its_time", "judged::kernel_complains_by_name", "--jobs", "2"]);
+    let other = record(&document, "judged::takes_its_time");
+    assert_eq!((other.outcome, other.kernel_log.len()), (Outcome::Pass, 0));
+    let named = record(&document, "judged::kernel_complains_by_name");
+    assert_eq!((named.outcome, named.kernel_log.len()), (Outcome::Tainted, 2), "{:?}", named.kernel_log);
+    assert_eq!(named.overlapped, [""; 0]);
+}
+
+#[test]
 fn a_known_issue_excuses_the_failure_that_it_describes_and_no_other() {
     let (document, code) = judged(&["judged::*known"]);
     let known = record(&document, "judged::fails_as_known");

@@ -40,6 +40,9 @@ fn boot(kernel: &Path, flags: &[&str], patterns: &[&str]) -> Command {
     command
 }
 
+/// For tests that leave nothing for the one after them.
+const ONE_AT_A_TIME: &str = "--jobs=1";
+
 struct Ended {
     code: i32,
     stdout: String,
@@ -72,7 +75,11 @@ fn named(outcomes: &[(&str, Outcome)]) -> Vec<(String, Outcome)> {
 #[test]
 fn verdicts_come_back_and_a_full_disk_costs_only_the_copy_of_the_console() {
     let Some(kernel) = kernel() else { return };
-    let end = ended(&mut boot(&kernel, &["--console", "/dev/full"], &["aid::passes*", "aid::kernel_complains"]));
+    let end = ended(&mut boot(
+        &kernel,
+        &["--console", "/dev/full"],
+        &["aid::passes*", "aid::kernel_complains", ONE_AT_A_TIME],
+    ));
     assert_eq!(
         end.outcomes(),
         named(&[
@@ -94,7 +101,7 @@ fn verdicts_come_back_and_a_full_disk_costs_only_the_copy_of_the_console() {
 fn what_takes_the_kernel_down_crashed_and_the_rest_runs_in_fresh_boots() {
     let Some(kernel) = kernel() else { return };
     let flags = ["--restart-after-crash", "--timeout", "120"];
-    let end = ended(&mut boot(&kernel, &flags, &["aid::passes*", "aid::kernel_panics"]));
+    let end = ended(&mut boot(&kernel, &flags, &["aid::passes*", "aid::kernel_panics", ONE_AT_A_TIME]));
     let passed_once = |name: &str| (format!("aid::{name}"), Outcome::Pass);
     assert_eq!(
         end.outcomes(),
@@ -115,9 +122,24 @@ fn what_takes_the_kernel_down_crashed_and_the_rest_runs_in_fresh_boots() {
 }
 
 #[test]
+fn a_panic_is_laid_at_the_door_of_the_test_that_it_names() {
+    let Some(kernel) = kernel() else { return };
+    let patterns = ["aid::kernel_panics", "aid::takes_its_time"];
+    let end = ended(&mut boot(&kernel, &["--restart-after-crash"], &patterns));
+    let expected = named(&[("kernel_panics", Outcome::Crash), ("takes_its_time", Outcome::Pass)]);
+    assert_eq!(end.outcomes(), expected, "{}", end.stderr);
+    let results = end.results();
+    assert_eq!(results.jobs, 2, "one for each CPU of the guest");
+    assert_eq!(results.results[0].overlapped, [""; 0]);
+    let end = ended(&mut boot(&kernel, &[], &patterns));
+    assert_eq!(end.outcomes(), expected[..1], "what ran beside it has no result");
+    assert_eq!(end.results().summary.not_run, 1);
+}
+
+#[test]
 fn without_a_restart_the_rest_is_not_run() {
     let Some(kernel) = kernel() else { return };
-    let end = ended(&mut boot(&kernel, &[], &["aid::kernel_panics", "aid::passes_after"]));
+    let end = ended(&mut boot(&kernel, &[], &["aid::kernel_panics", "aid::passes_after", ONE_AT_A_TIME]));
     let results = end.results();
     assert_eq!(end.outcomes(), named(&[("kernel_panics", Outcome::Crash)]));
     assert_eq!(results.summary.not_run, 1);

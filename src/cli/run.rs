@@ -19,7 +19,7 @@ use crate::harness::plan::Plan;
 use crate::harness::runner::{self, OnFailure, Options, Rounds};
 use crate::harness::select::Pattern;
 use crate::harness::{Seed, Stop, Suite};
-use crate::machine::{Family, MachineSpec, SkipKind};
+use crate::machine::{Family, MachineSpec, SkipKind, VmType};
 use crate::observe::Environment;
 use crate::report::{Json, Junit, Ktap, Pretty, Screen};
 use crate::rig::{EventWriter, Rest};
@@ -45,8 +45,8 @@ pub(super) struct RunArguments {
     /// File for the results; standard output then shows them as text.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Most tests at a time (default: one for each CPU where every machine is simulated; otherwise, and in the rig, one, so
-    /// that what a kernel complains of is one test's doing).
+    /// Most tests at a time (default: one for each CPU where every machine is simulated, and in the rig; otherwise, and with
+    /// kvm:tdx, one, so that what the kernel does is one test's doing).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: Option<u16>,
     /// Time limit of a test, in seconds or with a unit; a test that states its own keeps that.
@@ -220,14 +220,18 @@ impl RunArguments {
     fn jobs_for(&self, machines: &[MachineSpec]) -> usize {
         match self.jobs {
             Some(jobs) => jobs.into(),
-            // Events are written in the rig, where the kernel is on trial whatever the machine.
-            None if self.format != Some(Format::Events)
-                && machines.iter().all(|machine| machine.family == Family::Sim) =>
-            {
+            None if machines.iter().all(|machine| self.may_share(machine)) => {
                 std::thread::available_parallelism().map_or(1, usize::from)
             }
             None => 1,
         }
+    }
+
+    /// Whether tests on that machine run beside others unless told otherwise: not where a kernel that other work depends on
+    /// is on trial, nor where the tests have one TDX module in common. Events are written in the rig.
+    fn may_share(&self, machine: &MachineSpec) -> bool {
+        let in_rig = self.format == Some(Format::Events);
+        machine.family == Family::Sim || (in_rig && machine.vm_type != VmType::Tdx)
     }
 
     fn strict_kinds(&self) -> Result<Vec<SkipKind>, Failure> {

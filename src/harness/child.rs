@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use super::plan::{Claim, claims};
-use super::wire::{FD_VARIABLE, Message, Verdict, Wire};
-use super::{Body, Context, Notes, Seed, Stop, Suite, TestResult, needs};
+use super::wire::{FD_VARIABLE, Message, TEST_VARIABLE, Verdict, Wire};
+use super::{Body, Context, Notes, Seed, Stop, Suite, TestResult, blame, needs};
 use crate::machine::{Facility, Machine, MachineSpec};
 
 /// Opens the machine that a spec names.
@@ -65,7 +65,7 @@ fn parse(arguments: &[String], suites: &[&'static Suite]) -> Result<(Claim, Mach
 }
 
 fn judged(claim: &Claim, spec: &MachineSpec, seed: Seed, open: Opener, notes: &Bounded<'_>) -> (Verdict, u64) {
-    name_process(claim.name_in_suite());
+    name_process(&blame::comm(claim.name_in_suite(), &std::env::var(TEST_VARIABLE).unwrap_or_default()));
     let machine = match open(spec) {
         Ok(machine) => machine,
         Err(Stop::Skip { kind, reason }) => {
@@ -146,7 +146,7 @@ pub(super) fn panic_text(payload: &dyn std::any::Any) -> String {
     owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a value that is not text").to_owned()
 }
 
-/// Shows the claim in `comm`, of which the kernel keeps 15 bytes.
+/// Gives the process the name that reports of the kernel show (`comm`).
 fn name_process(name: &str) {
     if let Ok(name) = std::ffi::CString::new(name) {
         // SAFETY: PR_SET_NAME reads at most 16 bytes of a string that ends in a NUL byte, and this one lives on.

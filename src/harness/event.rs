@@ -64,6 +64,8 @@ pub enum Event<'a> {
     },
     /// The process of a test was started.
     ClaimStarted {
+        /// The name of its process in reports of the kernel.
+        comm: &'a str,
         /// The claim.
         claim: &'a Claim,
         /// The machine.

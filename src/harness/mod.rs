@@ -8,6 +8,7 @@
 //! sends its verdict over a pipe ([`child`], [`wire`]). What came of the process, of its descendants and of the kernel
 //! meanwhile ([`watch`]) is judged ([`judge`]) and becomes a [`Record`]. Reporters hear of it as [`event::Event`]s.
 
+pub mod blame;
 pub mod capture;
 pub mod child;
 mod claim;

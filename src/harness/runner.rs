@@ -26,7 +26,7 @@ use super::plan::{Claim, Plan};
 use super::running::{End, Running};
 use super::start::{How, Task};
 use super::watch::Watch;
-use super::{Seed, Sharing, descendants, memcg, wire};
+use super::{Seed, Sharing, blame, descendants, memcg, wire};
 use crate::machine::{MachineSpec, SkipKind};
 use crate::observe::is_complaint;
 
@@ -88,6 +88,8 @@ struct Active<'p> {
     claim: &'p Claim,
     machine: &'p MachineSpec,
     record: Record,
+    /// The name of its process in reports of the kernel.
+    comm: String,
     process: Running,
 }
 
@@ -247,12 +249,13 @@ impl Runner<'_> {
         let index = self.next_index;
         self.next_index += 1;
         let mark = format!("{}.{index}", std::process::id());
+        let comm = blame::comm(claim.name_in_suite(), &mark);
         let limit = claim.test.timeout.unwrap_or(self.options.timeout);
         let task = Task { claim, machine, seed };
         match Running::start(&task, self.how, mark, limit) {
             Ok(process) => {
-                self.tell(&Event::ClaimStarted { claim, machine });
-                Some(Active { claim, machine, record, process })
+                self.tell(&Event::ClaimStarted { comm: &comm, claim, machine });
+                Some(Active { claim, machine, record, comm, process })
             }
             Err(error) => {
                 record.outcome = Outcome::Error;
@@ -277,7 +280,7 @@ impl Runner<'_> {
         let _ = poll(&mut fds, timeout);
     }
 
-    /// Lays new complaints at the door of every running test.
+    /// Lays new complaints at the doors of the running tests that they name, or of all.
     fn look_at_kernel(&mut self, active: &mut [Active<'_>]) {
         let complaints = self.watch.look();
         if complaints.is_empty() {
@@ -288,8 +291,12 @@ impl Runner<'_> {
             self.tell(&Event::Remark(&format!("the kernel complained while no test ran: {first}")));
             return;
         }
-        let names: Vec<String> = active.iter().map(|test| test.record.name.clone()).collect();
-        for test in active {
+        let comms: Vec<&str> = active.iter().map(|test| test.comm.as_str()).collect();
+        let accused = blame::accused(&complaints, &comms);
+        let mut accused: Vec<&mut Active<'_>> =
+            active.iter_mut().zip(accused).filter_map(|(test, is)| is.then_some(test)).collect();
+        let names: Vec<String> = accused.iter().map(|test| test.record.name.clone()).collect();
+        for test in &mut accused {
             let allowed = |line: &String| test.claim.test.log_allowed.iter().any(|text| line.contains(text));
             // A complaint that is allowed brings its report with it.
             let mut covered = false;

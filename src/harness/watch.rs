@@ -3,12 +3,15 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use crate::observe::{KernelLog, Taint, TaintFile, complaints};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::observe::{KernelLog, Taint, TaintFile, complaints, is_complaint, is_report_end};
 
 /// A watch on the running kernel.
 ///
-/// A complaint belongs to every test that ran when it came; with `--jobs 1` that is one test. What the kernel does later,
-/// in a workqueue or after an RCU grace period, is laid at the door of whichever test runs then.
+/// A complaint belongs to the tests that ran when it came and that it names (see [`super::blame`]); where it names none, to
+/// every one that ran. What the kernel does later, in a workqueue or after an RCU grace period, is laid at the door of
+/// whichever tests run then.
 #[derive(Debug)]
 pub struct Watch {
     log: Option<KernelLog>,
@@ -17,6 +20,9 @@ pub struct Watch {
     /// When the log last had a complaint.
     complained: Option<Instant>,
 }
+
+/// Longest pause within a report, in milliseconds: between two lines on a slow console.
+const PAUSE: u8 = 250;
 
 /// A kernel taints itself at the end of its report, which a slow console draws out: for so long the taint may be that of a
 /// complaint which was seen.
@@ -58,7 +64,7 @@ impl Watch {
 
     /// The complaints since the last look.
     pub fn look(&mut self) -> Vec<String> {
-        let mut found = self.log.as_mut().map(|log| complaints(&log.read())).unwrap_or_default();
+        let mut found = self.log.as_mut().map(|log| complaints(&whole(log))).unwrap_or_default();
         if !found.is_empty() {
             self.complained = Some(Instant::now());
         }
@@ -78,6 +84,29 @@ impl Watch {
         let told = self.complained.take().is_some_and(|at| at.elapsed() < REPORT);
         (!(alone && told)).then(|| format!("new taint: {new}"))
     }
+}
+
+/// The new records; where a complaint is among them, with the rest of its report, which a console draws out and which says
+/// whose doing it is. A complaint without a report costs one [`PAUSE`].
+fn whole(log: &mut KernelLog) -> Vec<String> {
+    let mut records = log.read();
+    let began = Instant::now();
+    while is_open(&records) && began.elapsed() < REPORT {
+        let mut fds = [PollFd::new(log.fd(), PollFlags::POLLIN)];
+        let more = poll(&mut fds, PollTimeout::from(PAUSE));
+        let before = records.len();
+        records.extend(log.read());
+        if more.is_err() || records.len() == before {
+            break;
+        }
+    }
+    records
+}
+
+/// Whether the last complaint among `records` may have more to its report.
+fn is_open(records: &[String]) -> bool {
+    let last = records.iter().rev().find(|line| is_report_end(line) || is_complaint(line));
+    last.is_some_and(|line| is_complaint(line))
 }
 
 #[cfg(test)]

@@ -123,7 +123,7 @@ pub fn complaints(messages: &[String]) -> Vec<String> {
         if is_complaint(message) {
             found.push(message.clone());
             report_lines_left = 40;
-        } else if message.contains("---[ end trace") {
+        } else if is_report_end(message) {
             report_lines_left = 0;
         } else if report_lines_left > 0 {
             found.push(message.clone());
@@ -131,6 +131,11 @@ pub fn complaints(messages: &[String]) -> Vec<String> {
         }
     }
     found
+}
+
+/// Whether a message is the end of a complaint's report.
+pub fn is_report_end(message: &str) -> bool {
+    message.contains("---[ end trace")
 }
 
 /// Whether a message begins a complaint; what follows it is its report.

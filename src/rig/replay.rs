@@ -11,7 +11,7 @@ use crate::harness::event::{Event, Listener, RunInfo};
 use crate::harness::exit::Stopped;
 use crate::harness::outcome::{Outcome, Record, Summary};
 use crate::harness::plan::{Claim, Plan, claims};
-use crate::harness::{Seed, Suite};
+use crate::harness::{Seed, Suite, blame};
 use crate::machine::MachineSpec;
 
 /// Console lines that go into the record of a test that took the kernel with it.
@@ -52,6 +52,8 @@ struct Run {
 struct Started {
     claim: Claim,
     machine: MachineSpec,
+    /// The name of its process in reports of the kernel.
+    comm: String,
     at: Instant,
 }
 
@@ -130,7 +132,7 @@ impl<'a> Replay<'a> {
             Line::RunStarted { info, plan } => self.run_started(*info, &plan),
             Line::Remark(text) => self.tell(&Event::Remark(&text)),
             Line::RoundStarted { round, seed, plan } => self.round_started(round, seed, &plan),
-            Line::ClaimStarted { claim, machine } => self.claim_started(&claim, &machine),
+            Line::ClaimStarted { claim, machine, comm } => self.claim_started(&claim, &machine, comm),
             Line::ClaimFinished(record) => self.claim_finished(&record),
             Line::RoundFinished { round, stopped } => {
                 // Of a restarted round, the end is told when nothing is left of it.
@@ -197,13 +199,13 @@ impl<'a> Replay<'a> {
         self.tell(&Event::RoundFinished { round, stopped: stopped.as_ref() });
     }
 
-    fn claim_started(&mut self, claim: &str, machine: &str) {
+    fn claim_started(&mut self, claim: &str, machine: &str, comm: String) {
         let (Some(claim), Ok(machine)) = (self.claims.get(claim).cloned(), machine.parse::<MachineSpec>()) else {
             return;
         };
-        self.tell(&Event::ClaimStarted { claim: &claim, machine: &machine });
+        self.tell(&Event::ClaimStarted { comm: &comm, claim: &claim, machine: &machine });
         if let Some(run) = &mut self.run {
-            run.running.push(Started { claim, machine, at: Instant::now() });
+            run.running.push(Started { claim, machine, comm, at: Instant::now() });
         }
     }
 
@@ -251,12 +253,17 @@ impl<'a> Replay<'a> {
         self.run.as_ref().is_some_and(|run| run.finished)
     }
 
-    /// The machine was lost: what was running has this outcome, for this reason, with the end of the console.
+    /// The machine was lost: what was running has this outcome, for this reason, with the end of the console. Where the
+    /// kernel's last report names some of the tests that ran, the others have no result: they were not run.
     pub fn lost(&mut self, why: &str, outcome: Outcome, console: &[String]) {
         let Some(run) = &mut self.run else { return };
         let (round, seed) = run.round.unwrap_or((0, run.info.seed));
-        let lost: Vec<Record> = run
-            .running
+        let comms: Vec<&str> = run.running.iter().map(|started| started.comm.as_str()).collect();
+        let accused = blame::accused(console, &comms);
+        let lost: Vec<Started> =
+            run.running.drain(..).zip(accused).filter_map(|(started, is)| is.then_some(started)).collect();
+        let names: Vec<&String> = lost.iter().map(|started| &started.claim.name).collect();
+        let lost: Vec<Record> = lost
             .iter()
             .map(|started| {
                 let mut record =
@@ -265,6 +272,8 @@ impl<'a> Replay<'a> {
                 record.message = Some(why.to_owned());
                 record.duration_us = started.at.elapsed().as_micros() as u64;
                 record.kernel_log = console.to_vec();
+                let others = names.iter().filter(|name| ***name != started.claim.name);
+                record.overlapped = others.map(|&name| name.clone()).collect();
                 record
             })
             .collect();

@@ -41,6 +41,8 @@ pub enum Line {
         claim: String,
         /// The machine's spec.
         machine: String,
+        /// The name of its process in reports of the kernel.
+        comm: String,
     },
     /// [`Event::ClaimFinished`]; the record has the names.
     ClaimFinished(Box<Record>),
@@ -99,8 +101,8 @@ impl<W: Write> Listener for EventWriter<W> {
             }
             Event::Remark(text) => Line::Remark(text.to_owned()),
             Event::RoundStarted { round, seed, plan } => Line::RoundStarted { round, seed, plan: Names::of(plan) },
-            Event::ClaimStarted { claim, machine } => {
-                Line::ClaimStarted { claim: claim.name.clone(), machine: machine.to_string() }
+            Event::ClaimStarted { comm, claim, machine } => {
+                Line::ClaimStarted { claim: claim.name.clone(), machine: machine.to_string(), comm: comm.to_owned() }
             }
             Event::ClaimFinished { record, .. } => Line::ClaimFinished(Box::new(record.clone())),
             Event::RoundFinished { round, stopped } => Line::RoundFinished { round, stopped: stopped.cloned() },
