@@ -151,10 +151,15 @@ impl Watcher {
         Ok(Watcher { ending, latest, mmio, control, thread: Some(thread) })
     }
 
-    /// Waits until the guest has loaded `value`, or is gone.
-    fn wait_for(&self, value: u64) -> TestResult {
+    /// Waits until the guest has loaded `value`.
+    fn wait_for(&mut self, value: u64) -> TestResult {
         let before = self.mmio.load(Ordering::Relaxed);
-        while self.latest.load(Ordering::Acquire) != value && !self.is_gone() {
+        while self.latest.load(Ordering::Acquire) != value {
+            if self.is_gone() {
+                let last = self.latest.load(Ordering::Acquire);
+                let why = self.joined().err().unwrap_or_default();
+                fail!("{why}; {value:#x} was to come after {last:#x}");
+            }
             let late = self.mmio.load(Ordering::Relaxed) - before;
             claim!(
                 value == MMIO_VALUE || late <= MOST_LATE,
@@ -181,10 +186,15 @@ impl Watcher {
 
     /// Ends the loop.
     fn finish(mut self) -> TestResult<Seen> {
+        self.joined().or_else(|why| fail!("{why}"))
+    }
+
+    /// Ends the loop; the error says why it had ended by itself.
+    fn joined(&mut self) -> Result<Seen, String> {
         match self.end().map(thread::JoinHandle::join) {
             Some(Ok(Ok(seen))) => Ok(seen),
-            Some(Ok(Err(exit))) => fail!("the guest left its loop with {exit:x?}"),
-            Some(Err(_)) | None => fail!("the thread of the vCPU panicked"),
+            Some(Ok(Err(exit))) => Err(format!("the guest left its loop with {exit:x?}")),
+            Some(Err(_)) | None => Err("the thread of the vCPU panicked".to_owned()),
         }
     }
 }
@@ -203,7 +213,7 @@ fn moving_slot_shows_old_or_new_data(cx: &Context, quirk: &Quirk) -> TestResult 
     quirk.apply(cx, &*vm)?;
     let region = MemoryRegion::new(SLOT, BASE, 2 * PAGE_SIZE).at(memory.addr());
     claim_ok!(vm.set_memory_region(&region));
-    let watcher = Watcher::start(&*vm, BASE)?;
+    let mut watcher = Watcher::start(&*vm, BASE)?;
     watcher.wait_for(1)?;
     for round in 0..ROUNDS {
         for (gpa, value) in [(BASE - PAGE_SIZE, 2), (BASE, 1)] {
@@ -221,7 +231,7 @@ fn moving_slot_shows_old_or_new_data(cx: &Context, quirk: &Quirk) -> TestResult 
 /// Deletes and makes the slot, waiting now and then for the guest, which expects `value`.
 fn recreate(cx: &Context, vm: &dyn Vm, region: &MemoryRegion, value: u64) -> TestResult {
     let mut rng = cx.rng();
-    let watcher = Watcher::start(vm, region.gpa)?;
+    let mut watcher = Watcher::start(vm, region.gpa)?;
     watcher.wait_for(value)?;
     for round in 0..10 * ROUNDS {
         claim_ok!(vm.set_memory_region(&MemoryRegion::deletion(region.slot)), "deletion {round}");
@@ -260,7 +270,7 @@ fn every_deletion_is_seen(cx: &Context, quirk: &Quirk) -> TestResult {
     quirk.apply(cx, &*vm)?;
     let region = MemoryRegion::new(SLOT, BASE, PAGE_SIZE).at(memory.addr());
     claim_ok!(vm.set_memory_region(&region));
-    let watcher = Watcher::start(&*vm, BASE)?;
+    let mut watcher = Watcher::start(&*vm, BASE)?;
     watcher.wait_for(1)?;
     for round in 0..ROUNDS {
         claim_ok!(vm.set_memory_region(&MemoryRegion::deletion(SLOT)), "deletion {round}");
