@@ -68,6 +68,50 @@ fn the_first_bad_image_is_found_with_the_evidence_for_it() {
 }
 
 #[test]
+fn a_failure_that_went_away_is_found_too() {
+    let directory = directory();
+    let images = images(directory.path(), &["6.1-bad", "6.2-bad", "6.3-good", "6.4-good"]);
+    let end = bisect(directory.path(), &images, &["--format", "json"]);
+    let found: serde_json::Value = serde_json::from_slice(&end.stdout).unwrap();
+    assert_eq!(found["first_good"], images[2].display().to_string());
+    assert_eq!(
+        (&found["first_bad"], &found["bad"]["subject"]),
+        (&serde_json::Value::Null, &images[1].display().to_string().into())
+    );
+    assert_eq!(code(&end), 0);
+    let end = bisect(directory.path(), &images, &[]);
+    let text = stdout(&end);
+    assert!(
+        text.starts_with("the first good kernel is 6.3-good (") && text.contains("; the last bad one is 6.2-bad ("),
+        "{text}"
+    );
+    assert!(text.contains("\nfirst good: ") && text.contains("\nbad: "), "{text}");
+}
+
+#[test]
+fn an_end_that_cannot_be_judged_is_told_with_the_mend() {
+    let directory = directory();
+    let images = images(directory.path(), &["6.1-good", "6.2-dead"]);
+    let end = bisect(directory.path(), &images, &[]);
+    let text = stdout(&end);
+    assert!(
+        text.starts_with("the last kernel, 6.2-dead (") && text.contains("cannot be judged: name another one"),
+        "{text}"
+    );
+    assert_eq!(code(&end), 1);
+    let mut command = command(directory.path(), "bisect");
+    command.args(["--log", "other.log", "--kernel"]).arg(&images[0]).arg("--kernel").arg(&images[1]);
+    // Outside of the rig it declines.
+    let end = output(command.args(["--", "run", "aid::kernel_panics", "--machine", "sim:default"]));
+    let text = stdout(&end);
+    assert!(text.starts_with("the first kernel, 6.1-good ("), "{text}");
+    assert!(
+        text.contains("cannot be judged: every test was skipped there; with --strict a skip is a failure"),
+        "{text}"
+    );
+}
+
+#[test]
 fn an_interrupted_bisection_goes_on_from_its_log() {
     let directory = directory();
     let images = images(directory.path(), &["6.1-good", "6.2-good", "6.3-bad"]);
@@ -99,11 +143,12 @@ fn a_flaky_failure_takes_as_many_runs_as_its_rate_asks_for() {
 }
 
 #[test]
-fn ends_that_are_not_what_they_were_taken_for_are_told() {
+fn ends_that_do_not_differ_are_told() {
     let directory = directory();
     let images = images(directory.path(), &["6.1-good", "6.2-good"]);
     let end = bisect(directory.path(), &images, &[]);
-    assert!(stdout(&end).contains("6.2-good") && stdout(&end).contains("ought to be bad: good"), "{}", stdout(&end));
+    assert!(stdout(&end).starts_with("nothing changes: the first kernel, 6.1-good ("), "{}", stdout(&end));
+    assert!(stdout(&end).contains("6.2-good") && stdout(&end).contains(", are both good\n"), "{}", stdout(&end));
     assert_eq!(code(&end), 1);
     for (flags, line) in [
         (&["--failure-rate", "2"][..], "gmemtest: --failure-rate 2: is a probability"),

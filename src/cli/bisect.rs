@@ -24,7 +24,8 @@ use crate::rig::{BootImage, StopSignal};
 /// The flags of `bisect`.
 #[derive(Debug, Args)]
 pub(super) struct BisectArguments {
-    /// A kernel image; at least two, from good to bad.
+    /// A kernel image; at least two, in the order of their releases. The change is found either way: from good to bad, or
+    /// from bad to good where a failure went away.
     #[arg(long, value_name = "BZIMAGE", conflicts_with_all = ["tree", "good", "bad"], required_unless_present = "tree")]
     kernel: Vec<PathBuf>,
     /// A kernel's git repository, instead of images. It is not written to, but for a worktree that goes away again.
@@ -105,13 +106,31 @@ struct Ended {
     conclusion: String,
     /// The first bad one, when it was found.
     first_bad: Option<String>,
+    /// The first good one, where the failure went away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_good: Option<String>,
     /// Those that it is among, when it was not.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     among: Vec<String>,
-    /// The verdict on the last good one, and what it rests on.
+    /// The verdict on the good one next to the change, which is the last good one unless the failure went away, and what
+    /// the verdict rests on.
     last_good: Option<Judged>,
-    /// The same of the first bad one.
+    /// The same of the bad one; where nothing was found, of the one that kept it from being found.
     bad: Option<Judged>,
+}
+
+impl Default for Ended {
+    fn default() -> Ended {
+        Ended {
+            schema: "gmemtest-bisection/1",
+            conclusion: String::new(),
+            first_bad: None,
+            first_good: None,
+            among: Vec::new(),
+            last_good: None,
+            bad: None,
+        }
+    }
 }
 
 /// Bisects.
@@ -170,7 +189,7 @@ pub(super) fn bisect(
         }
     }
     out.flush()?;
-    Ok(ExitCode::from(if ended.first_bad.is_some() { GOOD } else { FAILED }))
+    Ok(ExitCode::from(if ended.first_bad.is_some() || ended.first_good.is_some() { GOOD } else { FAILED }))
 }
 
 impl BisectArguments {
@@ -221,63 +240,73 @@ impl BisectArguments {
 
     fn images(&self, rates: Rates, run: &GuestRun, runner: &mut dyn Runner) -> anyhow::Result<Ended> {
         if self.kernel.len() < 2 {
-            anyhow::bail!("--kernel: a bisection needs at least two images, from good to bad");
+            anyhow::bail!("--kernel: a bisection needs at least two images, in the order of their releases");
         }
         let images = self.kernel.iter().map(|path| BootImage::read(path)).collect::<Result<Vec<_>, _>>()?;
         let names: Vec<String> = images.iter().map(|image| image.path().display().to_string()).collect();
         let mut log = self.open_log(names.clone(), Vec::new(), rates, run)?;
         let title = |index: usize| format!("{} ({})", images[index].release(), names[index]);
-        let found = bisect::first_bad(images.len(), |index| {
+        let found = bisect::change(images.len(), |index| {
             self.verdict(&names[index], &title(index), &mut log, || {
                 bisect::judge(&names[index], &images[index], runner, rates, self.max_runs)
             })
         })?;
         let judged = |index: usize| log.verdict(&names[index]).cloned();
-        let end = |conclusion: String| Ended {
-            schema: "gmemtest-bisection/1",
-            conclusion,
-            first_bad: None,
-            among: Vec::new(),
-            last_good: None,
-            bad: None,
-        };
+        let verdict = |index: usize| log.verdict(&names[index]).map_or(Verdict::CannotTell, |judged| judged.verdict);
         Ok(match found {
-            Found::First { good, bad } => Ended {
-                first_bad: Some(names[bad].clone()),
-                last_good: judged(good),
-                bad: judged(bad),
-                ..end(format!("the first bad kernel is {}; the last good one is {}", title(bad), title(good)))
-            },
-            Found::Among { good, bad } => Ended {
-                among: names[good + 1..=bad].to_vec(),
-                last_good: judged(good),
-                bad: judged(bad),
-                ..end(format!(
-                    "the first bad kernel is {} or one before it after {}: those between cannot be judged",
-                    title(bad),
-                    title(good)
-                ))
-            },
-            Found::FirstIsNotGood(is) => Ended {
-                bad: judged(0),
-                ..end(format!(
-                    "the first kernel, {}, ought to be good: {}{}",
-                    title(0),
+            Found::Change { before, after } => {
+                let (is, was) = (verdict(after), verdict(before));
+                let conclusion = format!(
+                    "the first {} kernel is {}; the last {} one is {}",
                     is.word(),
-                    if is == bisect::Verdict::Bad {
-                        "; where a failure went away, name the newest kernel first"
-                    } else {
-                        ""
-                    }
-                ))
-            },
-            Found::LastIsNotBad(is) => {
-                let last = images.len() - 1;
-                Ended {
-                    bad: judged(last),
-                    ..end(format!("the last kernel, {}, ought to be bad: {}", title(last), is.word()))
+                    title(after),
+                    was.word(),
+                    title(before)
+                );
+                let name = Some(names[after].clone());
+                let ended = Ended { conclusion, ..Ended::between([before, after].map(judged)) };
+                match is {
+                    Verdict::Bad => Ended { first_bad: name, ..ended },
+                    _ => Ended { first_good: name, ..ended },
                 }
             }
+            Found::Among { before, after } => Ended {
+                conclusion: format!(
+                    "the first {} kernel is {} or one before it after {}: those between cannot be judged",
+                    verdict(after).word(),
+                    title(after),
+                    title(before)
+                ),
+                among: names[before + 1..=after].to_vec(),
+                ..Ended::between([before, after].map(judged))
+            },
+            Found::EndCannotTell(end) => {
+                let judged = judged(end);
+                let skipped = judged.as_ref().is_some_and(|judged| judged.evidence.is_all_skipped());
+                let mend = if skipped {
+                    "every test was skipped there; with --strict a skip is a failure"
+                } else {
+                    "name another one"
+                };
+                Ended {
+                    conclusion: format!(
+                        "the {} kernel, {}, cannot be judged: {mend}",
+                        if end == 0 { "first" } else { "last" },
+                        title(end)
+                    ),
+                    bad: judged,
+                    ..Ended::default()
+                }
+            }
+            Found::Same(is) => Ended {
+                conclusion: format!(
+                    "nothing changes: the first kernel, {}, and the last, {}, are both {}",
+                    title(0),
+                    title(images.len() - 1),
+                    is.word()
+                ),
+                ..Ended::between([0, images.len() - 1].map(judged))
+            },
         })
     }
 
@@ -320,30 +349,24 @@ impl BisectArguments {
                 }
             })
         })?;
-        let end = |conclusion: String| Ended {
-            schema: "gmemtest-bisection/1",
-            conclusion,
-            first_bad: None,
-            among: Vec::new(),
-            last_good: None,
-            bad: None,
-        };
         Ok(match found {
             TreeFound::First(first) => Ended {
                 last_good: tree.last_good(&first, &log),
                 bad: log.verdict(&first).cloned(),
                 first_bad: Some(first.clone()),
-                ..end(format!("the first bad commit is {}", tree.title(&first)))
+                conclusion: format!("the first bad commit is {}", tree.title(&first)),
+                ..Ended::default()
             },
             TreeFound::Among(among) => Ended {
                 conclusion: format!("the first bad commit is one of {}: the others cannot be judged", among.len()),
                 bad: among.iter().find_map(|commit| log.verdict(commit)).cloned(),
                 among,
-                ..end(String::new())
+                ..Ended::default()
             },
             TreeFound::WrongEnd { revision, taken_for, is } => Ended {
                 bad: log.verdict(&revision).cloned(),
-                ..end(format!("{} ought to be {}: {}", tree.title(&revision), taken_for.word(), is.word()))
+                conclusion: format!("{} ought to be {}: {}", tree.title(&revision), taken_for.word(), is.word()),
+                ..Ended::default()
             },
         })
     }
@@ -380,12 +403,25 @@ fn told(judged: &Judged) -> String {
 }
 
 impl Ended {
+    /// What is known of two kernels next to the change, in the order of the list.
+    fn between(judged: [Option<Judged>; 2]) -> Ended {
+        let mut ended = Ended::default();
+        for judged in judged.into_iter().flatten() {
+            match judged.verdict {
+                Verdict::Good => ended.last_good = Some(judged),
+                _ => ended.bad = Some(judged),
+            }
+        }
+        ended
+    }
+
     fn show(&self, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "{}", self.conclusion)?;
         for commit in &self.among {
             writeln!(out, "  {commit}")?;
         }
-        for (title, judged) in [("last good", &self.last_good), ("bad", &self.bad)] {
+        let good = if self.first_good.is_some() { "first good" } else { "last good" };
+        for (title, judged) in [(good, &self.last_good), ("bad", &self.bad)] {
             let Some(judged) = judged else { continue };
             writeln!(out, "\n{title}: {}\n  {}", judged.subject, told(judged))?;
             for record in &judged.evidence.failures {

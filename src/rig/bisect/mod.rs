@@ -1,6 +1,6 @@
 //! Bisection: which kernel, or which commit, is the first bad one.
 //!
-//! [`search`] finds the first bad image of a list, [`tree`] lets git choose revisions and builds them. Either asks a
+//! [`search`] finds where the verdict changes in a list of images, [`tree`] lets git choose revisions and builds them. Either asks a
 //! [`Runner`] for one run of the tests after another until [`sequential`] has enough of them for a verdict, and keeps
 //! every verdict in a [`log`], from which an interrupted bisection goes on. [`rigged`] runs the tests in a kernel under
 //! QEMU, [`host`] on another machine that is made to boot the kernel.
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 pub use host::{Deploy, HostRunner};
 pub use log::{Header, Log};
 pub use rigged::RigRunner;
-pub use search::{Found, first_bad};
+pub use search::{Found, change};
 pub use sequential::{Rates, Sequential, Tendency};
 pub use tree::{BuildOptions, Tree, TreeFound};
 
@@ -102,6 +102,11 @@ impl Trial {
             FAILED => Verdict::Bad,
             _ => Verdict::CannotTell,
         }
+    }
+
+    /// Whether it ran and every claim was skipped, which says nothing of the kernel.
+    pub fn is_all_skipped(&self) -> bool {
+        self.summary.as_ref().is_some_and(|summary| summary.skip > 0 && summary.skip == summary.run())
     }
 
     /// One line.
