@@ -59,7 +59,8 @@ pub fn judge(record: &mut Record, evidence: Evidence<'_>) {
         let first = &record.kernel_log[0];
         record.message = Some(format!("passed, but the kernel complained: {first}"));
     }
-    explain(record, release.and_then(|release| evidence.known.expected(&record.name, evidence.machine, release)));
+    let expected = release.map(|release| evidence.known.expected(&record.name, evidence.machine, release));
+    explain(record, &expected.unwrap_or_default());
     be_strict(record, evidence.strict);
 }
 
@@ -133,22 +134,22 @@ fn note_leftovers(record: &mut Record) {
     }
 }
 
-fn explain(record: &mut Record, expected: Option<&KnownIssue>) {
-    let Some(issue) = expected else {
-        return;
-    };
-    match record.outcome {
-        Outcome::Fail if issue.explains(record.message.as_deref().unwrap_or_default()) => {
+fn explain(record: &mut Record, expected: &[&KnownIssue]) {
+    let message = record.message.as_deref().unwrap_or_default();
+    let (issue, note) = match record.outcome {
+        Outcome::Fail => {
+            let Some(issue) = expected.iter().find(|issue| issue.explains(message)) else { return };
             record.outcome = Outcome::Known;
-            record.known_issue = Some(issue.id.clone());
-            record.notes.push(format!("known issue {}: {}; fixed by: {}", issue.id, issue.symptom, issue.fix));
+            (issue, format!("known issue {}: {}; fixed by: {}", issue.id, issue.symptom, issue.fix))
         }
-        Outcome::Pass if !issue.shows_sometimes() => {
-            record.known_issue = Some(issue.id.clone());
-            record.notes.push(format!("passes, although known issue {} says that it fails on this kernel", issue.id));
+        Outcome::Pass => {
+            let Some(issue) = expected.iter().find(|issue| !issue.shows_sometimes()) else { return };
+            (issue, format!("passes, although known issue {} says that it fails on this kernel", issue.id))
         }
-        _ => {}
-    }
+        _ => return,
+    };
+    record.known_issue = Some(issue.id.clone());
+    record.notes.push(note);
 }
 
 fn be_strict(record: &mut Record, strict: &[SkipKind]) {
@@ -219,6 +220,30 @@ mod tests {
             let evidence = Evidence { end, timed_out: None, messages, known: &known, machine: &machine, strict: &[] };
             judge(&mut record, evidence);
             assert_eq!((record.outcome, record.notes.len()), (Outcome::Pass, notes), "{sometimes}");
+        }
+    }
+
+    #[test]
+    fn the_issue_that_explains_a_failure_is_found_among_several() {
+        let issue = |id: &str, shows: &str| {
+            format!(
+                "[[issue]]\nid = \"{id}\"\nsince = \"6.8\"\nsymptom = \"s\"\nfix = \"f\"\ntests = [\"*\"]\nmachines = [\"kvm:*\"]\nshows = \"{shows}\"\nsometimes = true\n"
+            )
+        };
+        let known = KnownIssues::parse(&(issue("first", "Astray") + &issue("second", "Shutdown"))).unwrap();
+        let machine = "kvm:default".parse().unwrap();
+        for (message, outcome, id) in [
+            ("left with Astray", Outcome::Known, Some("first")),
+            ("left with Shutdown", Outcome::Known, Some("second")),
+            ("left with TimedOut", Outcome::Fail, None),
+        ] {
+            let mut record = Record::new("a::b", "kvm:default", 0, "0x1".to_owned());
+            let fail = Verdict::Fail { message: message.to_owned(), location: "l".to_owned() };
+            let messages = [vec![Message::Begin { release: "7.3".to_owned() }], verdict(fail)].concat();
+            let end = End::Exited(0);
+            let evidence = Evidence { end, timed_out: None, messages, known: &known, machine: &machine, strict: &[] };
+            judge(&mut record, evidence);
+            assert_eq!((record.outcome, record.known_issue.as_deref()), (outcome, id), "{message}");
         }
     }
 

@@ -65,14 +65,16 @@ impl KnownIssues {
         KnownIssues { issue: Vec::new() }
     }
 
-    /// The issue that says that `test` fails on `machine`, whose kernel is `release`.
-    pub fn expected(&self, test: &str, machine: &MachineSpec, release: Release) -> Option<&KnownIssue> {
+    /// The issues that say that `test` fails on `machine`, whose kernel is `release`; which one explains a failure, its
+    /// message says ([`KnownIssue::explains`]).
+    pub fn expected(&self, test: &str, machine: &MachineSpec, release: Release) -> Vec<&KnownIssue> {
         let machine = machine.to_string();
-        self.issue.iter().find(|issue| {
+        let applies = |issue: &&KnownIssue| {
             issue.affects(release)
                 && issue.tests.iter().any(|glob| matches_glob(glob, test))
                 && issue.machines.iter().any(|glob| matches_glob(glob, &machine))
-        })
+        };
+        self.issue.iter().filter(applies).collect()
     }
 }
 
@@ -127,7 +129,7 @@ mod tests {
 
     fn expected(test: &str, machine: &str, release: &str) -> bool {
         let table = KnownIssues::parse(TABLE).unwrap();
-        table.expected(test, &machine.parse().unwrap(), release.parse().unwrap()).is_some()
+        !table.expected(test, &machine.parse().unwrap(), release.parse().unwrap()).is_empty()
     }
 
     #[test]

@@ -282,7 +282,7 @@ impl Runner<'_> {
 
     /// Lays new complaints at the doors of the running tests that they name, or of all.
     fn look_at_kernel(&mut self, active: &mut [Active<'_>]) {
-        let complaints = self.watch.look();
+        let complaints = self.watch.look(active.len() > 1);
         if complaints.is_empty() {
             return;
         }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::observe::{KernelLog, Taint, TaintFile, complaints, is_complaint, is_report_end};
+use crate::observe::{KernelLog, REPORT_LINES, Taint, TaintFile, complaints, is_complaint, is_report_end};
 
 /// A watch on the running kernel.
 ///
@@ -62,9 +62,11 @@ impl Watch {
         self.log.as_ref().map(KernelLog::fd)
     }
 
-    /// The complaints since the last look.
-    pub fn look(&mut self) -> Vec<String> {
-        let mut found = self.log.as_mut().map(|log| complaints(&whole(log))).unwrap_or_default();
+    /// The complaints since the last look. Where `several` tests run, the rest of a report that has begun is waited for: it
+    /// says whose doing it is.
+    pub fn look(&mut self, several: bool) -> Vec<String> {
+        let mut found =
+            self.log.as_mut().map(|log| complaints(&if several { whole(log) } else { log.read() })).unwrap_or_default();
         if !found.is_empty() {
             self.complained = Some(Instant::now());
         }
@@ -86,8 +88,8 @@ impl Watch {
     }
 }
 
-/// The new records; where a complaint is among them, with the rest of its report, which a console draws out and which says
-/// whose doing it is. A complaint without a report costs one [`PAUSE`].
+/// The new records; where a complaint is among them, with the rest of its report, which a console draws out. A complaint
+/// without a report costs one [`PAUSE`].
 fn whole(log: &mut KernelLog) -> Vec<String> {
     let mut records = log.read();
     let began = Instant::now();
@@ -105,7 +107,7 @@ fn whole(log: &mut KernelLog) -> Vec<String> {
 
 /// Whether the last complaint among `records` may have more to its report.
 fn is_open(records: &[String]) -> bool {
-    let last = records.iter().rev().find(|line| is_report_end(line) || is_complaint(line));
+    let last = records.iter().rev().take(REPORT_LINES).find(|line| is_report_end(line) || is_complaint(line));
     last.is_some_and(|line| is_complaint(line))
 }
 

@@ -173,13 +173,18 @@ impl KvmVcpu {
             let kicked = self.control.kicker.end(interrupted);
             if interrupted == Interrupted::Yes && !kicked {
                 if limit.is_over() {
-                    return Exit::TimedOut;
+                    return self.rip_of_a_kernel().map_or(Exit::TimedOut, |rip| Exit::Astray { rip });
                 }
                 // Some signal that is not ours to report.
                 continue;
             }
             return exit::decode(result, self.run_area());
         }
+    }
+
+    /// RIP, when it is in the upper half of the address space; that of a TD is not to be had.
+    fn rip_of_a_kernel(&self) -> Option<u64> {
+        self.fd.get_regs().ok().map(|registers| registers.rip).filter(|&rip| rip >> 63 == 1)
     }
 
     fn run_area(&mut self) -> &mut kvm_run {

@@ -204,6 +204,12 @@ pub enum Exit {
     },
     /// The guest did not leave within the time limit and was kicked out.
     TimedOut,
+    /// The same, of a guest whose RIP is an address of a kernel, where the payload never is: its registers were taken for
+    /// those of the host. QEMU's TCG does that now and then (known issue `tcg-guest-with-the-hosts-registers`).
+    Astray {
+        /// RIP.
+        rip: u64,
+    },
 }
 
 /// What user space gives back when it lets the vCPU go on.

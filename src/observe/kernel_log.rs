@@ -52,6 +52,9 @@ const COMPLAINTS: &[&str] = &[
     "is leaked",
 ];
 
+/// Lines of a report that are taken, at most.
+pub const REPORT_LINES: usize = 40;
+
 /// Messages that hold one of [`COMPLAINTS`] and mean nothing.
 const HARMLESS: &[&str] = &["This means that this is a DEBUG kernel", "WARNING: CPU features"];
 
@@ -115,14 +118,14 @@ fn parse(record: &[u8]) -> Option<(u64, String)> {
 }
 
 /// The complaints among `messages`: those with one of the known texts, and for each the lines of its report up to the end
-/// of the trace, at most forty of them.
+/// of the trace, at most [`REPORT_LINES`] of them.
 pub fn complaints(messages: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     let mut report_lines_left = 0;
     for message in messages {
         if is_complaint(message) {
             found.push(message.clone());
-            report_lines_left = 40;
+            report_lines_left = REPORT_LINES;
         } else if is_report_end(message) {
             report_lines_left = 0;
         } else if report_lines_left > 0 {

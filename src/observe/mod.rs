@@ -6,6 +6,6 @@ mod processor;
 mod taint;
 
 pub use environment::{Environment, KernelConfig, ModuleParameters};
-pub use kernel_log::{KernelLog, complaints, is_complaint, is_report_end};
+pub use kernel_log::{KernelLog, REPORT_LINES, complaints, is_complaint, is_report_end};
 pub use processor::emulated_by_tcg;
 pub use taint::{Taint, TaintFile, TaintFlag};
