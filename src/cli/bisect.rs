@@ -421,8 +421,9 @@ impl Ended {
             writeln!(out, "  {commit}")?;
         }
         let good = if self.first_good.is_some() { "first good" } else { "last good" };
-        for (title, judged) in [(good, &self.last_good), ("bad", &self.bad)] {
+        for (good, judged) in [(good, &self.last_good), ("good", &self.bad)] {
             let Some(judged) = judged else { continue };
+            let title = if judged.verdict == Verdict::Good { good } else { judged.verdict.word() };
             writeln!(out, "\n{title}: {}\n  {}", judged.subject, told(judged))?;
             for record in &judged.evidence.failures {
                 writeln!(out, "  {}  {}  [{}]", record.outcome, record.name, record.machine)?;
