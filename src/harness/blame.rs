@@ -24,9 +24,20 @@ fn is_about(line: &str, comm: &str) -> bool {
     line.match_indices(comm).any(|(at, _)| !line[at + comm.len()..].starts_with(|next: char| next.is_ascii_digit()))
 }
 
-/// For each of the tests that ran, by the names of their processes, whether `report` may be its doing: those that the
-/// report names, and every one when it names none.
+/// Part of a report that a CPU did not get on: whatever ran then had to wait for it, whoever it names.
+const STALLED: &str = "detected stall";
+
+/// Whether a report is about a CPU that did not get on.
+pub fn is_stall(report: &[String]) -> bool {
+    report.iter().any(|line| line.contains(STALLED))
+}
+
+/// For each of the tests that ran, by the names of their processes, whether `report` may be its doing or has hurt it:
+/// those that the report names, and every one when it names none or is about a CPU that did not get on.
 pub fn accused(report: &[String], comms: &[&str]) -> Vec<bool> {
+    if is_stall(report) {
+        return vec![true; comms.len()];
+    }
     let named: Vec<bool> = comms.iter().map(|comm| report.iter().any(|line| is_about(line, comm))).collect();
     if named.contains(&true) { named } else { vec![true; comms.len()] }
 }
@@ -53,5 +64,6 @@ mod tests {
         assert_eq!(of("CPU: 1 UID: 0 PID: 77 Comm: kworker/1:2"), [true, true]);
         assert_eq!(of("freed by reads_hole#1/7, used by reads_hole#12/8"), [true, true]);
         assert_eq!(of("Comm: reads_hole#1"), [true, false], "at the end of a line");
+        assert_eq!(of("rcu: INFO: rcu_sched detected stalls on CPUs/tasks: Comm: reads_hole#1"), [true, true]);
     }
 }

@@ -137,8 +137,11 @@ fn note_leftovers(record: &mut Record) {
 fn explain(record: &mut Record, expected: &[&KnownIssue]) {
     let message = record.message.as_deref().unwrap_or_default();
     let (issue, note) = match record.outcome {
-        Outcome::Fail => {
-            let Some(issue) = expected.iter().find(|issue| issue.explains(message)) else { return };
+        Outcome::Fail | Outcome::Tainted => {
+            let explains = |issue: &&&KnownIssue| {
+                issue.explains(message, &record.kernel_log) && (record.outcome == Outcome::Fail || issue.is_logged())
+            };
+            let Some(issue) = expected.iter().find(explains) else { return };
             record.outcome = Outcome::Known;
             (issue, format!("known issue {}: {}; fixed by: {}", issue.id, issue.symptom, issue.fix))
         }
@@ -244,6 +247,28 @@ mod tests {
             let evidence = Evidence { end, timed_out: None, messages, known: &known, machine: &machine, strict: &[] };
             judge(&mut record, evidence);
             assert_eq!((record.outcome, record.known_issue.as_deref()), (outcome, id), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_issue_that_the_log_shows_explains_what_comes_with_that_log() {
+        let table = "[[issue]]\nid = \"x\"\nsince = \"6.8\"\nsymptom = \"s\"\nfix = \"f\"\ntests = [\"*\"]\nmachines = [\"kvm:*\"]\nlogs = [\"stall\", \"0 ticks\"]\n";
+        let known = KnownIssues::parse(table).unwrap();
+        let machine = "kvm:default".parse().unwrap();
+        let fail = Verdict::Fail { message: "m".to_owned(), location: "l".to_owned() };
+        for (with, log, outcome) in [
+            (fail.clone(), &["a stall", "after 0 ticks"][..], Outcome::Known),
+            (fail, &["a stall"], Outcome::Fail),
+            (Verdict::Pass, &["a stall", "after 0 ticks"], Outcome::Known),
+            (Verdict::Pass, &["a stall"], Outcome::Tainted),
+        ] {
+            let mut record = Record::new("a::b", "kvm:default", 0, "0x1".to_owned());
+            record.kernel_log = log.iter().map(ToString::to_string).collect();
+            let messages = [vec![Message::Begin { release: "7.3".to_owned() }], verdict(with)].concat();
+            let end = End::Exited(0);
+            let evidence = Evidence { end, timed_out: None, messages, known: &known, machine: &machine, strict: &[] };
+            judge(&mut record, evidence);
+            assert_eq!(record.outcome, outcome, "{log:?}");
         }
     }
 

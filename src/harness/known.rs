@@ -27,6 +27,8 @@ pub struct KnownIssue {
     #[serde(default)]
     shows: Option<String>,
     #[serde(default)]
+    logs: Vec<String>,
+    #[serde(default)]
     sometimes: bool,
     #[serde(default)]
     emulated: bool,
@@ -91,9 +93,15 @@ impl KnownIssue {
         self.sometimes
     }
 
-    /// Whether it explains a failure with that message.
-    pub fn explains(&self, message: &str) -> bool {
+    /// Whether it explains a failure with that message, during which the kernel said `log`.
+    pub fn explains(&self, message: &str, log: &[String]) -> bool {
         self.shows.as_ref().is_none_or(|text| message.contains(text))
+            && self.logs.iter().all(|text| log.iter().any(|line| line.contains(text)))
+    }
+
+    /// Whether it shows in the kernel's log, and may taint what passes.
+    pub fn is_logged(&self) -> bool {
+        !self.logs.is_empty()
     }
 }
 
@@ -150,8 +158,8 @@ mod tests {
     #[test]
     fn another_failure_is_not_excused() {
         let table = KnownIssues::parse(TABLE).unwrap();
-        assert!(table.issue[0].explains("actual: Ok(())"));
-        assert!(!table.issue[0].explains("actual: Err(EIO)"));
+        assert!(table.issue[0].explains("actual: Ok(())", &[]));
+        assert!(!table.issue[0].explains("actual: Err(EIO)", &[]));
     }
 
     #[test]

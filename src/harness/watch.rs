@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::blame::is_stall;
 use crate::observe::{KernelLog, REPORT_LINES, Taint, TaintFile, complaints, is_complaint, is_report_end};
 
 /// A watch on the running kernel.
@@ -62,11 +63,10 @@ impl Watch {
         self.log.as_ref().map(KernelLog::fd)
     }
 
-    /// The complaints since the last look. Where `several` tests run, the rest of a report that has begun is waited for: it
-    /// says whose doing it is.
+    /// The complaints since the last look. Where `several` tests run, and of a CPU that did not get on, the rest of a report
+    /// that has begun is waited for: it says whose doing it is, and what the CPU did.
     pub fn look(&mut self, several: bool) -> Vec<String> {
-        let mut found =
-            self.log.as_mut().map(|log| complaints(&if several { whole(log) } else { log.read() })).unwrap_or_default();
+        let mut found = self.log.as_mut().map(|log| complaints(&read(log, several))).unwrap_or_default();
         if !found.is_empty() {
             self.complained = Some(Instant::now());
         }
@@ -88,10 +88,13 @@ impl Watch {
     }
 }
 
-/// The new records; where a complaint is among them, with the rest of its report, which a console draws out. A complaint
-/// without a report costs one [`PAUSE`].
-fn whole(log: &mut KernelLog) -> Vec<String> {
+/// The new records; where `several` tests run or a CPU did not get on, with the rest of a report that has begun, which a
+/// console draws out. A complaint without a report costs one [`PAUSE`].
+fn read(log: &mut KernelLog, several: bool) -> Vec<String> {
     let mut records = log.read();
+    if !several && !is_stall(&records) {
+        return records;
+    }
     let began = Instant::now();
     while is_open(&records) && began.elapsed() < REPORT {
         let mut fds = [PollFd::new(log.fd(), PollFlags::POLLIN)];
