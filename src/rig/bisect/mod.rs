@@ -1,9 +1,9 @@
 //! Bisection: which kernel, or which commit, is the first bad one.
 //!
-//! [`search`] finds where the verdict changes in a list of images, [`tree`] lets git choose revisions and builds them. Either asks a
-//! [`Runner`] for one run of the tests after another until [`sequential`] has enough of them for a verdict, and keeps
-//! every verdict in a [`log`], from which an interrupted bisection goes on. [`rigged`] runs the tests in a kernel under
-//! QEMU, [`host`] on another machine that is made to boot the kernel.
+//! [`search`] finds where the verdict changes in a list of images, [`tree`] lets git choose revisions and builds them.
+//! Either asks a [`Runner`] for one run of the tests after another until [`sequential`] has enough of them for a verdict,
+//! and keeps every verdict in a [`log`], from which an interrupted bisection goes on. [`rigged`] runs the tests in a
+//! kernel under QEMU, [`host`] on another machine that is made to boot the kernel.
 
 mod child;
 mod git;
