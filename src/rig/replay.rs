@@ -253,8 +253,8 @@ impl<'a> Replay<'a> {
         self.run.as_ref().is_some_and(|run| run.finished)
     }
 
-    /// The machine was lost: what was running has this outcome, for this reason, with the end of the console. Where the
-    /// kernel's last report names some of the tests that ran, the others have no result: they were not run.
+    /// The machine was lost: what was running has this outcome, for this reason, with the end of the console. Where that
+    /// end names some of the tests that ran, the others have no result: they were not run.
     pub fn lost(&mut self, why: &str, outcome: Outcome, console: &[String]) {
         let Some(run) = &mut self.run else { return };
         let (round, seed) = run.round.unwrap_or((0, run.info.seed));
